@@ -1,0 +1,307 @@
+"""GRPO losses straight from hidden states and the LM head: `grpo_loss`, `token_logprobs`, `policy_loss`.
+
+Legend: T packed tokens, S sequences, H hidden size, V vocabulary. `hidden[t]` is the state that predicts `targets[t]`
+(the caller has shifted). No `[T, V]` tensor exists at any time.
+
+    z_t = softcap(logit_scale (hidden_t W^T + b)) / temperature        logprob_t = z_t[y_t] - log sum_v exp z_tv
+    loss = sum_t weight_t term_t(logprob_t, old_t, ref_t, sampling_t, A_t) - entropy_coef * mean entropy
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo_fast.aggregation import token_weights
+from grpo_fast.config import HeadConfig, LossConfig
+from grpo_fast.inputs import (
+    check_main_grad,
+    check_target_range,
+    check_targets,
+    check_temperature,
+    check_tensor,
+    head_operands,
+    token_inputs,
+)
+from grpo_fast.metrics import Metrics, collect_metrics
+from grpo_fast.objectives import couples_sequences, couples_tokens, objective, total_loss
+from grpo_fast.ops.launch import HeadLaunch, active_mask, computed_tokens
+
+__all__ = [
+    "HeadConfig",
+    "LossConfig",
+    "LossOutput",
+    "Metrics",
+    "TokenLogprobs",
+    "grpo_loss",
+    "policy_loss",
+    "token_logprobs",
+]
+
+
+@dataclass
+class LossOutput:
+    """What `grpo_loss` and `policy_loss` return.
+
+    Attributes:
+        loss: 0-dim float32, differentiable.
+        logprobs: of the current policy, in the shape of `targets`, float32, detached; 0 where not computed.
+        entropy: the same, in nats (None from `policy_loss` without entropy).
+        metrics: partial sums on the device; `metrics.as_dict()` waits for the device once.
+        computed: bool, which tokens were computed: masked ones are not, nor those known to have no gradient unless
+            `LossConfig.all_token_metrics` asks for them.
+        plan, backend: what ran.
+    """
+
+    loss: Tensor
+    logprobs: Tensor
+    entropy: Tensor | None
+    metrics: Metrics
+    computed: Tensor
+    plan: str = "none"
+    backend: str = "none"
+
+
+@dataclass
+class TokenLogprobs:
+    """What `token_logprobs` returns: `logprobs` and `entropy` (None unless asked for), float32, in nats."""
+
+    logprobs: Tensor
+    entropy: Tensor | None
+
+
+def token_logprobs(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    head: HeadConfig = HeadConfig(),
+    temperature: float | Tensor = 1.0,
+    entropy: bool = True,
+    loss_mask: Tensor | None = None,
+    main_grad: Tensor | None = None,
+    backend: str = "auto",
+    plan: str = "auto",
+    workspace_bytes: int | None = None,
+) -> TokenLogprobs:
+    """Log-probabilities of `targets` and entropies, without logits in memory.
+
+        logprob_t = z_t[y_t] - log sum_v exp z_tv          entropy_t = -sum_v p_tv log p_tv
+
+    Differentiable in hidden, weight and bias through both results. Without gradients (old and reference policies) only
+    the logits GEMM is done and nothing is kept.
+
+    Args:
+        hidden: `[..., H]`, float32, bfloat16, float16 (or float64).
+        weight: `[V, H]`, hidden's dtype.
+        targets: `[...]` int64, in [0, V).
+        bias: `[V]`.
+        temperature: a float, or one a row `[...]`.
+        entropy: whether to return entropies.
+        loss_mask: `[...]` bool or integer; rows where it is 0 are not computed: their results are 0.
+        main_grad: `[V, H]` float32; the weight's gradient is added to it instead of being returned.
+        backend: "auto" or a backend's name. plan: "auto", "frozen_head", "recompute" or "lean".
+        workspace_bytes: cap on temporary memory; default 1 GiB on a GPU, 256 MiB elsewhere.
+
+    Raises:
+        ValueError: an argument is malformed, or the plan or backend cannot serve the call.
+    """
+    hidden, weight, bias = head_operands(hidden, weight, bias)
+    shape = hidden.shape[:-1]
+    check_targets(targets, shape, hidden.device)
+    check_temperature(temperature, shape, hidden.device)
+    check_main_grad(main_grad, weight)
+    active = None
+    if loss_mask is not None:
+        check_tensor("loss_mask", loss_mask, shapes=[(shape, "one a row of hidden")], device=hidden.device)
+        active = loss_mask.reshape(-1) != 0
+    flat_targets = targets.reshape(-1).long()
+    check_target_range(flat_targets, active, weight.shape[0])
+    call = HeadLaunch.of(hidden, weight, bias, flat_targets, active, temperature, head, backend, workspace_bytes)
+    call.choose(plan, couples_tokens=True, couples_sequences=True, entropy_grad=False, longest=None)
+    logprobs, entropies = call.logprobs(main_grad)
+    return TokenLogprobs(logprobs.reshape(shape), entropies.reshape(shape) if entropy else None)
+
+
+def grpo_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    advantages: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    sampling_logprobs: Tensor | None = None,
+    bias: Tensor | None = None,
+    head: HeadConfig = HeadConfig(),
+    config: LossConfig = LossConfig(),
+    normalizer: Tensor | float | None = None,
+    temperature: Tensor | None = None,
+    main_grad: Tensor | None = None,
+    backend: str = "auto",
+    plan: str = "auto",
+    workspace_bytes: int | None = None,
+) -> LossOutput:
+    """A loss of the GRPO family, from the last hidden states.
+
+        loss = sum_t weight_t term_t - entropy_coef * mean entropy        (`objectives.py`, `aggregation.py`)
+
+    Args:
+        hidden: `[T, H]` with sequences one after another, or `[B, L, H]` padded (rows are sequences).
+        weight: `[V, H]`, hidden's dtype. bias: `[V]`.
+        targets: `[T]` or `[B, L]` int64; anything on masked positions.
+        advantages: one a sequence, `[S]` or `[B]`, or one a token, in the shape of targets.
+        cu_seqlens: `[S+1]` int, packed layout; None there means one sequence.
+        loss_mask: bool or integer, in the shape of targets; None: all tokens.
+        old_logprobs: of the policy that the ratio is taken to; None: the current one (ratio 1, with gradient).
+        ref_logprobs: of the reference policy; needed iff `config.beta` is not 0.
+        sampling_logprobs: the rollout engine's own; NaN where it does not know.
+        normalizer: replaces the loss type's denominator (S, S C or the number of tokens), so that micro-batches
+            add up to the loss of the whole step.
+        temperature: one a token, in the shape of targets; replaces `config.temperature`.
+        main_grad: `[V, H]` float32; the weight's gradient is added to it (possibly already in the forward), so
+            call backward exactly once, with gradient 1.
+        backend: "auto" or a backend's name.
+        plan: "auto", "single_pass", "frozen_head", "resident", "recompute" or "lean" (`ops/planner.py`).
+        workspace_bytes: cap on temporary memory besides gradients and O(T H); default 1 GiB on a GPU, else 256 MiB.
+
+    Returns:
+        `LossOutput`. Only `loss` is differentiable, in hidden, weight and bias.
+
+    Raises:
+        ValueError: an argument is malformed or missing, or the plan or backend cannot serve the call.
+
+    Example:
+        >>> out = grpo_loss(hidden, weight, targets, advantages, cu_seqlens=cu_seqlens)
+        >>> out.loss.backward()
+    """
+    hidden, weight, bias = head_operands(hidden, weight, bias)
+    if hidden.dim() not in (2, 3):
+        raise ValueError(f"hidden: expected [T, H] (packed) or [B, L, H] (padded); got shape {list(hidden.shape)}")
+    shape = tuple(hidden.shape[:-1])
+    check_targets(targets, shape, hidden.device)
+    check_main_grad(main_grad, weight)
+    scale = config.temperature if temperature is None else temperature
+    check_temperature(scale, shape, hidden.device)
+    inputs = token_inputs(
+        hidden,
+        shape,
+        advantages,
+        cu_seqlens=cu_seqlens,
+        loss_mask=loss_mask,
+        config=config,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        sampling_logprobs=sampling_logprobs,
+    )
+    flat_targets = targets.reshape(-1).long()
+    check_target_range(flat_targets, inputs.tokens.mask, weight.shape[0])
+    active = active_mask(inputs.tokens, config, masked=inputs.masked)
+    call = HeadLaunch.of(hidden, weight, bias, flat_targets, active, scale, head, backend, workspace_bytes)
+    tokens = inputs.tokens
+    coupled = couples_tokens(config, has_old=old_logprobs is not None)
+    alone = not couples_sequences(config)
+    row_counts = call.row_counts(tokens) if coupled and alone and plan in ("auto", "resident") else None
+    call.choose(
+        plan,
+        couples_tokens=coupled,
+        couples_sequences=not alone,
+        entropy_grad=config.entropy_coef != 0,
+        # An objective that does not couple tokens could be cut anywhere: sequences of one row.
+        longest=max(row_counts, default=0) if row_counts is not None else None if coupled else 1,
+    )
+    weights = token_weights(config, tokens.mask, tokens.segments, normalizer, tokens.advantages.dtype)
+    computed = tokens if active is None else computed_tokens(tokens, active)
+    if call.plan in ("single_pass", "resident"):
+        counts = row_counts if call.plan == "resident" and coupled else None
+        loss, logprobs, entropy = call.fused(computed, weights, config, counts, main_grad)
+        terms = objective(logprobs, entropy, computed, config)
+    else:
+        logprobs, entropy = call.logprobs(main_grad)
+        terms = objective(logprobs, entropy, computed, config)
+        loss = total_loss(terms, entropy, weights, config)
+        # Rows without gradient still hang on the graph: an all-masked batch has a differentiable zero.
+    logprobs, entropy = logprobs.detach(), entropy.detach()
+    metrics = collect_metrics(
+        loss, logprobs, entropy, terms, computed, tokens.mask, config, token_advantages=inputs.token_advantages
+    )
+    return LossOutput(
+        loss=loss,
+        logprobs=logprobs.reshape(shape),
+        entropy=entropy.reshape(shape),
+        metrics=metrics,
+        computed=computed.mask.reshape(shape),
+        plan=call.plan,
+        backend=call.args.backend,
+    )
+
+
+def policy_loss(
+    logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    entropy: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    loss_mask: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    sampling_logprobs: Tensor | None = None,
+    config: LossConfig = LossConfig(),
+    normalizer: Tensor | float | None = None,
+) -> LossOutput:
+    """The same losses for frameworks that hand over log-probabilities; O(T), differentiable in logprobs and entropy.
+
+    Args:
+        logprobs: `[T]` packed, or `[B, L]` padded; the other tensors as in `grpo_loss`.
+        entropy: in the shape of logprobs; needed for `entropy_coef` and `top_entropy_quantile`.
+
+    Raises:
+        ValueError: an argument is malformed or missing.
+    """
+    if not isinstance(logprobs, Tensor) or logprobs.dim() not in (1, 2) or not logprobs.is_floating_point():
+        raise ValueError("logprobs: expected a floating-point tensor [T] (packed) or [B, L] (padded)")
+    shape = tuple(logprobs.shape)
+    if entropy is not None:
+        check_tensor("entropy", entropy, shapes=[(shape, "that of logprobs")], device=logprobs.device)
+    elif config.entropy_coef != 0 or config.top_entropy_quantile < 1:
+        raise ValueError("entropy: expected a tensor, as entropy_coef or top_entropy_quantile needs it; got None")
+    inputs = token_inputs(
+        logprobs,
+        shape,
+        advantages,
+        cu_seqlens=cu_seqlens,
+        loss_mask=loss_mask,
+        config=config,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        sampling_logprobs=sampling_logprobs,
+    )
+    tokens, dtype = inputs.tokens, inputs.tokens.advantages.dtype
+    flat = torch.where(tokens.mask, logprobs.reshape(-1).to(dtype), 0.0)
+    flat_entropy = None if entropy is None else torch.where(tokens.mask, entropy.reshape(-1).to(dtype), 0.0)
+    weights = token_weights(config, tokens.mask, tokens.segments, normalizer, dtype)
+    terms = objective(flat, flat_entropy, tokens, config)
+    loss = total_loss(terms, flat_entropy, weights, config)
+    detached_entropy = None if flat_entropy is None else flat_entropy.detach()
+    metrics = collect_metrics(
+        loss,
+        flat.detach(),
+        detached_entropy,
+        terms,
+        tokens,
+        tokens.mask,
+        config,
+        token_advantages=inputs.token_advantages,
+    )
+    return LossOutput(
+        loss=loss,
+        logprobs=flat.detach().reshape(shape),
+        entropy=None if detached_entropy is None else detached_entropy.reshape(shape),
+        metrics=metrics,
+        computed=tokens.mask.reshape(shape),
+    )

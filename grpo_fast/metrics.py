@@ -1,0 +1,220 @@
+"""Metrics of a loss call as one device vector: sums, counts, minima and maxima that combine exactly.
+
+Nothing here reads a value back to the host until `as_dict`. Micro-batches combine with `Metrics.merge`, ranks with
+`Metrics.all_reduce`; means are taken at the very end, so the result is that of the undivided batch. Names and meanings
+are TRL 1.16's, with `ratio/{min,max}`, `approx_kl`, `active_row_fraction` and `bad_rows` besides.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_fast.config import LossConfig
+from grpo_fast.objectives import Terms, Tokens, bounded_importance
+
+CLIPPED_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "ppo_dual", "gmpo")
+
+# name in the vector -> how two values combine
+_SUMS = (
+    "tokens", "sequences", "computed", "bad_rows", "loss", "entropy", "kl", "clip_low", "clip_high", "clip_region",
+    "clip_count", "cispo_clipped", "phi", "approx_kl", "sampling_difference", "sampling_count",
+    "importance", "importance_count",
+)  # fmt: skip
+_MINS = ("clip_low_min", "importance_min", "ratio_min")
+_MAXS = ("clip_high_max", "importance_max", "ratio_max", "sampling_difference_max")
+_INDEX = {name: i for i, name in enumerate(_SUMS + _MINS + _MAXS)}
+
+
+class Metrics:
+    """A float64 vector of partial results, and how to read it.
+
+    Attributes:
+        vector: `[K]` on the loss's device: sums first, then minima, then maxima.
+        config: decides which names are reported.
+        corrects: whether sampling log-probabilities were given.
+    """
+
+    def __init__(self, vector: Tensor, config: LossConfig, *, corrects: bool) -> None:
+        self.vector = vector
+        self.config = config
+        self.corrects = corrects
+
+    @staticmethod
+    def merge(parts: list[Metrics]) -> Metrics:
+        """The metrics of several micro-batches together.
+
+        Raises:
+            ValueError: no parts, or parts of different configs.
+        """
+        if not parts:
+            raise ValueError("parts: expected at least one Metrics; got none")
+        if any(part.config != parts[0].config for part in parts):
+            raise ValueError("parts: expected Metrics of one LossConfig; got several")
+        stacked = torch.stack([part.vector for part in parts])
+        sums, mins, maxs = stacked.split([len(_SUMS), len(_MINS), len(_MAXS)], dim=1)
+        vector = torch.cat([sums.sum(0), mins.amin(0), maxs.amax(0)])
+        return Metrics(vector, parts[0].config, corrects=parts[0].corrects)
+
+    def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> Metrics:
+        """The metrics of all ranks together: one sum and one maximum collective."""
+        sums, mins, maxs = (part.clone() for part in self.vector.split([len(_SUMS), len(_MINS), len(_MAXS)]))
+        extremes = torch.cat([-mins, maxs])
+        torch.distributed.all_reduce(sums, group=group)
+        torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX, group=group)
+        vector = torch.cat([sums, -extremes[: len(_MINS)], extremes[len(_MINS) :]])
+        return Metrics(vector, self.config, corrects=self.corrects)
+
+    def as_dict(self) -> dict[str, float]:
+        """Names to numbers; waits for the device once."""
+        values = dict(zip(_INDEX, self.vector.tolist(), strict=True))
+
+        def mean(name: str, count: str) -> float:
+            return values[name] / max(values[count], 1.0)
+
+        out = {
+            "loss": values["loss"],
+            "entropy": mean("entropy", "computed"),
+            "approx_kl": mean("approx_kl", "computed"),
+            "ratio/min": _finite(values["ratio_min"]),
+            "ratio/max": _finite(values["ratio_max"]),
+            "active_row_fraction": mean("computed", "tokens"),
+            "num_active_tokens": values["tokens"],
+            "num_sequences": values["sequences"],
+            "bad_rows": values["bad_rows"],
+        }
+        if self.config.beta != 0:
+            out["kl"] = mean("kl", "tokens")
+        if self.config.loss_type in CLIPPED_TYPES:
+            out["clip_ratio/low_mean"] = mean("clip_low", "clip_count")
+            out["clip_ratio/low_min"] = _finite(values["clip_low_min"])
+            out["clip_ratio/high_mean"] = mean("clip_high", "clip_count")
+            out["clip_ratio/high_max"] = _finite(values["clip_high_max"])
+            out["clip_ratio/region_mean"] = mean("clip_region", "clip_count")
+        if self.config.loss_type == "cispo":
+            out["cispo_clip_ratio"] = mean("cispo_clipped", "clip_count")
+        if self.config.loss_type == "vespo":
+            out["vespo/phi_seq_mean"] = mean("phi", "sequences")
+        if self.corrects:
+            out["sampling/sampling_logp_difference/mean"] = mean("sampling_difference", "sampling_count")
+            out["sampling/sampling_logp_difference/max"] = _finite(values["sampling_difference_max"])
+        if self.corrects and self.config.importance_sampling_mode is not None:
+            out["sampling/importance_sampling_ratio/min"] = _finite(values["importance_min"])
+            out["sampling/importance_sampling_ratio/mean"] = mean("importance", "importance_count")
+            out["sampling/importance_sampling_ratio/max"] = _finite(values["importance_max"])
+        return out
+
+
+def _finite(value: float) -> float:
+    """An extremum over nothing is infinite; report 0."""
+    return value if abs(value) != float("inf") else 0.0
+
+
+@torch.no_grad()
+def collect_metrics(
+    loss: Tensor,
+    logprobs: Tensor,
+    entropy: Tensor | None,
+    terms: Terms,
+    tokens: Tokens,
+    loss_mask: Tensor,
+    config: LossConfig,
+    *,
+    token_advantages: bool,
+) -> Metrics:
+    """Partial sums of every metric from `[T]` tensors.
+
+    Args:
+        terms: of `objective` on these tokens, whose mask is the rows that were computed.
+        loss_mask: `[T]` bool, every token that carries loss, computed or not.
+        token_advantages: whether the caller gave advantages a token.
+    """
+    computed, segments = tokens.mask, tokens.segments
+    at_sequence = config.importance_sampling_level == "sequence" and not token_advantages
+    # TRL counts sequences where the ratio is a sequence's own: one value each, whatever its mask.
+    lengths = segments.sum(loss_mask)
+
+    def total(values: Tensor, mask: Tensor) -> Tensor:
+        return torch.where(mask, values, 0.0).double().sum()
+
+    def per_sequence(flag: Tensor) -> Tensor:
+        """Share of each sequence's tokens that are flagged, `[S]`; NaN for empty sequences."""
+        return segments.sum((flag & computed).to(logprobs.dtype)) / lengths
+
+    def extreme(values: Tensor, mask: Tensor, *, largest: bool) -> Tensor:
+        worst = -float("inf") if largest else float("inf")
+        padded = torch.cat([torch.where(mask, values, worst).flatten(), values.new_full((1,), worst)])
+        return padded.amax() if largest else padded.amin()
+
+    def flagged(flag: Tensor) -> Tensor:
+        shares = per_sequence(flag)
+        return total(shares.nan_to_num(nan=0.0), lengths > 0) if at_sequence else (flag & computed).double().sum()
+
+    ratio, advantages = terms.clip_ratio, tokens.advantages
+    low = (ratio < 1 - config.epsilon) & (advantages < 0)
+    high = (ratio > 1 + config.upper_epsilon) & (advantages > 0)
+    low_shares, high_shares = per_sequence(low), per_sequence(high)
+    drift = logprobs.new_zeros(()) if tokens.old_logprobs is None else tokens.old_logprobs - logprobs
+    known_entropy = torch.zeros_like(logprobs) if entropy is None else entropy
+    bad = computed & ~(logprobs.isfinite() & known_entropy.isfinite())
+    values: dict[str, Tensor] = {
+        "tokens": loss_mask.sum(),
+        "sequences": lengths.new_tensor(segments.num_sequences),
+        "computed": computed.sum(),
+        "bad_rows": bad.sum(),
+        "loss": loss.detach(),
+        "entropy": total(known_entropy, computed),
+        "kl": total(torch.zeros_like(logprobs) if terms.kl is None else terms.kl, computed),
+        "clip_low": flagged(low),
+        "clip_high": flagged(high),
+        "clip_region": flagged(low | high),
+        "clip_count": lengths.new_tensor(segments.num_sequences) if at_sequence else loss_mask.sum(),
+        "cispo_clipped": flagged((terms.ratio > config.upper_epsilon) & (advantages > 0)),
+        "phi": logprobs.new_zeros(()) if terms.phi is None else segments.mean(terms.phi, computed).double().sum(),
+        "approx_kl": total((drift.exp() - drift - 1).expand_as(logprobs), computed),
+        "clip_low_min": extreme(low_shares, lengths > 0, largest=False),
+        "ratio_min": extreme(terms.ratio, computed, largest=False),
+        "clip_high_max": extreme(high_shares, lengths > 0, largest=True),
+        "ratio_max": extreme(terms.ratio, computed, largest=True),
+    }
+    values |= _sampling_metrics(logprobs, terms, tokens, loss_mask, config)
+    neutral = dict.fromkeys(_SUMS, 0.0) | dict.fromkeys(_MINS, float("inf")) | dict.fromkeys(_MAXS, -float("inf"))
+    neutrals = {name: loss.new_full((), neutral[name]) for name in _INDEX if name not in values}
+    vector = torch.stack([(values | neutrals)[name].double() for name in _INDEX])
+    return Metrics(vector, config, corrects=tokens.sampling_logprobs is not None)
+
+
+def _sampling_metrics(
+    logprobs: Tensor, terms: Terms, tokens: Tokens, loss_mask: Tensor, config: LossConfig
+) -> dict[str, Tensor]:
+    """|old - sampling| and the importance weights, over tokens whose sampling log-probability is known."""
+    if tokens.sampling_logprobs is None:
+        return {}
+    old = logprobs if tokens.old_logprobs is None else tokens.old_logprobs
+    difference = (old - tokens.sampling_logprobs).abs()
+    known = tokens.mask & ~difference.isnan()
+    worst = torch.where(known, difference, -float("inf"))
+    values = {
+        "sampling_difference": torch.where(known, difference, 0.0).double().sum(),
+        "sampling_count": known.sum(),
+        "sampling_difference_max": torch.cat([worst, worst.new_full((1,), -float("inf"))]).amax(),
+    }
+    weight, mode = terms.importance, config.importance_sampling_mode
+    if weight is None or mode is None:
+        return values
+    mask, infinity = tokens.mask, weight.new_full((1,), float("inf"))
+    least, most = torch.where(mask, weight, infinity), torch.where(mask, weight, -infinity)
+    if mode.startswith("sequence"):
+        # One value a sequence; one without unmasked tokens counts, as TRL's does, with the weight of d = 0.
+        empty = tokens.segments.sum(mask) == 0
+        neutral = bounded_importance(torch.ones_like(infinity), mode, config)
+        values["importance"] = (tokens.segments.mean(weight, mask) + empty * neutral).double().sum()
+        values["importance_count"] = empty.new_tensor(empty.numel(), dtype=torch.int64)
+        least = torch.cat([least, torch.where(empty, neutral, infinity)])
+        most = torch.cat([most, torch.where(empty, neutral, -infinity)])
+    else:
+        values["importance"] = torch.where(mask, weight, 0.0).double().sum()
+        values["importance_count"] = mask.sum()
+    values["importance_min"] = torch.cat([least, infinity]).amin()
+    values["importance_max"] = torch.cat([most, -infinity]).amax()
+    return values

@@ -1,0 +1,378 @@
+"""The GRPO family, one definition per objective: from log-probabilities to per-token loss terms.
+
+Legend: T packed tokens, S sequences. p `logprobs` of the current policy, o `old_logprobs`, r = p - o, A `advantages`,
+w the ratio at the configured level, sg stop-gradient, L_s unmasked tokens of sequence s. All tensors are `[T]` float32
+(float64 in, float64 out) unless said otherwise; logs are natural (nats).
+
+The loss is  sum_t weight_t * term_t  -  entropy_coef * mean entropy,  with term_t from `objective` and weight_t from
+`grpo_fast.aggregation`. The order within a term (TRL 1.16's): policy term x off-policy mask x entropy mask x importance
+weight (not for vespo), then + beta * KL. Derivatives are left to autograd: everything here is O(T).
+
+To add a loss type: a function here, a row in `POLICY_TERMS`, its aggregation, its twin in `reference.py` and in the
+device code, a row in the test matrix.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo_fast.config import LossConfig
+from grpo_fast.packing import Segments
+
+LOG_RATIO_LIMIT = 20.0
+"""vespo clamps log ratios to it: e^20 is still far from overflow in float32."""
+LOG_RATIO_FLOOR = math.log(1e-8)
+
+
+@dataclass
+class Tokens:
+    """What is known of the tokens before the current policy is asked. Masked positions hold harmless zeros.
+
+    Attributes:
+        advantages: `[T]`.
+        mask: `[T]` bool, the tokens that carry loss.
+        segments: the sequences of the tokens.
+        num_active: 0-dim, unmasked tokens of the whole call (these tokens may be a part of it).
+        old_logprobs, ref_logprobs, sampling_logprobs: `[T]` or None. NaN in `sampling_logprobs` means not known.
+        importance: `[T]` weights of the train/inference correction where they are known beforehand.
+    """
+
+    advantages: Tensor
+    mask: Tensor
+    segments: Segments
+    num_active: Tensor
+    old_logprobs: Tensor | None = None
+    ref_logprobs: Tensor | None = None
+    sampling_logprobs: Tensor | None = None
+    importance: Tensor | None = None
+
+    def optional(self, function: Callable[[Tensor], Tensor]) -> dict[str, Tensor | None]:
+        """`function` of each optional `[T]` tensor, by name; None stays None."""
+        names = ("old_logprobs", "ref_logprobs", "sampling_logprobs", "importance")
+        return {n: None if getattr(self, n) is None else function(getattr(self, n)) for n in names}
+
+
+@dataclass
+class Terms:
+    """What `objective` says of every token.
+
+    Attributes:
+        policy: `[T]` per-token term, 0 where masked; the loss is its weighted sum minus the bonus.
+        entropy_weights: `[T]` non-negative, sums to one over the tokens the entropy bonus acts on.
+        ratio: `[T]` the ratio w at the configured level, before `delta`.
+        clip_ratio: `[T]` the ratio after `delta`, from which TRL counts clipped tokens.
+        kl: `[T]` KL to the reference, or None.
+        importance: `[T]` importance weight of the train/inference correction, or None.
+        phi: `[T]` vespo's sequence weight, or None.
+    """
+
+    policy: Tensor
+    entropy_weights: Tensor
+    ratio: Tensor
+    clip_ratio: Tensor
+    kl: Tensor | None = None
+    importance: Tensor | None = None
+    phi: Tensor | None = None
+
+
+@dataclass
+class _Context:
+    """The quantities a policy term may use."""
+
+    logprobs: Tensor
+    log_w: Tensor
+    ratio: Tensor
+    log_ratio: Tensor
+    importance: Tensor | None
+    tokens: Tokens
+    config: LossConfig
+
+    @property
+    def advantages(self) -> Tensor:
+        return self.tokens.advantages
+
+    @property
+    def capped_ratio(self) -> Tensor:
+        """min(w, delta)."""
+        return self.ratio if self.config.delta is None else self.ratio.clamp(max=self.config.delta)
+
+
+# -- which rows an objective couples --------------------------------------------------------------------------------
+
+
+def couples_sequences(config: LossConfig) -> bool:
+    """Whether a token's gradient depends on tokens of other sequences (only the entropy quantile does)."""
+    return config.top_entropy_quantile < 1.0
+
+
+def couples_tokens(config: LossConfig, *, has_old: bool) -> bool:
+    """Whether a token's gradient depends on the current log-probabilities of other tokens."""
+    sequence_correction = (config.importance_sampling_mode or "").startswith("sequence") and not has_old
+    return (
+        config.importance_sampling_level != "token"
+        or config.loss_type in ("vespo", "gmpo")
+        or config.off_policy_mask_threshold is not None
+        or sequence_correction
+        or couples_sequences(config)
+    )
+
+
+def needs_every_row(config: LossConfig) -> bool:
+    """Whether a token with zero advantage can still have a gradient, or its statistics are needed by others."""
+    return (
+        config.beta != 0
+        or config.entropy_coef != 0
+        or config.loss_type == "dppo"  # its regulariser does not multiply the advantage
+        or couples_sequences(config)
+        or config.all_token_metrics
+    )
+
+
+# -- the ratio, the corrections and the masks -----------------------------------------------------------------------
+
+
+def log_importance_ratio(log_ratio: Tensor, logprobs: Tensor, tokens: Tokens, level: str) -> Tensor:
+    """log w: `token` r_t; `sequence` mean of r; `sequence_token` p - sg(p) + sg(mean of r)."""
+    if level == "token":
+        return log_ratio
+    mean = tokens.segments.mean(log_ratio, tokens.mask)
+    if level == "sequence":
+        return tokens.segments.spread(mean)
+    return logprobs - logprobs.detach() + tokens.segments.spread(mean.detach())
+
+
+def importance_weight(old_logprobs: Tensor, tokens: Tokens, config: LossConfig) -> Tensor | None:
+    """Train/inference correction e^d, d = o - sampling per token or summed over the sequence; truncated or masked.
+
+    An unknown (NaN) sampling log-probability counts as d = 0.
+    """
+    mode = config.importance_sampling_mode
+    if mode is None or tokens.sampling_logprobs is None:
+        return None
+    difference = torch.where(tokens.mask, old_logprobs - tokens.sampling_logprobs, 0.0).nan_to_num(nan=0.0)
+    if mode.startswith("sequence"):
+        difference = tokens.segments.spread(tokens.segments.sum(difference))
+    return bounded_importance(difference.exp(), mode, config)
+
+
+def bounded_importance(weight: Tensor, mode: str, config: LossConfig) -> Tensor:
+    """`*_truncate`: clamp to [clip_min, clip_max]; `*_mask`: zero outside."""
+    low, high = config.importance_sampling_clip_min, config.importance_sampling_clip_max
+    if mode.endswith("truncate"):
+        return weight if low is None and high is None else weight.clamp(min=low, max=high)
+    outside = (weight < (-math.inf if low is None else low)) | (weight > (math.inf if high is None else high))
+    return weight.masked_fill(outside, 0.0)
+
+
+def off_policy_mask(logprobs: Tensor, behaviour: Tensor, tokens: Tokens, threshold: float) -> Tensor:
+    """Keep a sequence if A >= 0 or its mean of (behaviour - p) is at most `threshold`. `[T]` bool."""
+    sequence_drift = tokens.segments.spread(tokens.segments.mean(behaviour - logprobs, tokens.mask))
+    return (tokens.advantages >= 0) | (sequence_drift <= threshold)
+
+
+def high_entropy_mask(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
+    """Keep unmasked tokens whose entropy reaches the (1 - quantile) quantile over all ranks. `[T]` bool."""
+    active = _gather_ranks(entropy[mask])
+    if active.numel() == 0:
+        return torch.zeros_like(mask)
+    # torch.quantile refuses more than 2^24 values; sorting has no such limit.
+    ordered = active.sort().values
+    position = (1.0 - quantile) * (active.numel() - 1)
+    lower, upper = ordered[math.floor(position)], ordered[math.ceil(position)]
+    threshold = torch.lerp(lower, upper, position - math.floor(position))
+    return (entropy >= threshold) & mask
+
+
+def _gather_ranks(values: Tensor) -> Tensor:
+    """`values` of every rank, concatenated; ranks may hold different numbers of them."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+        return values
+    count = torch.tensor([values.numel()], device=values.device)
+    counts = [torch.zeros_like(count) for _ in range(distributed.get_world_size())]
+    distributed.all_gather(counts, count)
+    sizes = [int(c) for c in counts]
+    padded = values.new_zeros(max(sizes))
+    padded[: values.numel()] = values
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    distributed.all_gather(gathered, padded)
+    return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
+
+
+def kl_divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Tensor:
+    """Estimate KL(current || reference) per token: k1, k2 or k3 (Schulman, 2020)."""
+    difference = ref_logprobs - logprobs
+    if estimator == "k1":
+        return -difference
+    if estimator == "k2":
+        return difference.square() / 2
+    return difference.exp() - difference - 1
+
+
+# -- policy terms ---------------------------------------------------------------------------------------------------
+
+
+def clipped_term(c: _Context) -> Tensor:
+    """-min(min(w, delta) A, clip(w, 1 - eps_low, 1 + eps_high) A)   (PPO; Schulman et al., 2017)."""
+    clipped = c.ratio.clamp(1 - c.config.epsilon, 1 + c.config.upper_epsilon)
+    return -torch.min(c.capped_ratio * c.advantages, clipped * c.advantages)
+
+
+def cispo_term(c: _Context) -> Tensor:
+    """-sg(min(w, eps_high)) A p   (MiniMax-M1, 2025)."""
+    return -c.ratio.clamp(max=c.config.upper_epsilon).detach() * c.advantages * c.logprobs
+
+
+def sapo_term(c: _Context) -> Tensor:
+    """-A sigmoid(tau (w - 1)) 4 / tau, tau by the sign of A   (SAPO, 2025)."""
+    tau = _choose(c.advantages > 0, c.config.sapo_temperature_pos, c.config.sapo_temperature_neg, c.ratio)
+    return -torch.sigmoid(tau * (c.ratio - 1)) * 4 / tau * c.advantages
+
+
+def vespo_phi(c: _Context) -> Tensor:
+    """phi = sg exp(lambda + k log W - lambda W), W the product of the sequence's ratios, clamped   (VESPO, 2026)."""
+    with torch.no_grad():
+        terms = c.log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        if c.importance is not None:
+            terms = terms + c.importance.log().clamp(LOG_RATIO_FLOOR, LOG_RATIO_LIMIT)
+        total = c.tokens.segments.sum(torch.where(c.tokens.mask, terms, 0.0))
+        log_w = c.tokens.segments.spread(total).clamp(LOG_RATIO_FLOOR, LOG_RATIO_LIMIT)
+        positive = c.advantages >= 0
+        k = _choose(positive, c.config.vespo_k_pos, c.config.vespo_k_neg, log_w)
+        rate = _choose(positive, c.config.vespo_lambda_pos, c.config.vespo_lambda_neg, log_w).clamp(min=1e-4)
+        phi = (rate + k * log_w - rate * log_w.exp()).exp()
+        return phi.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+
+
+def vespo_term(c: _Context) -> Tensor:
+    """-phi A p."""
+    return -vespo_phi(c) * c.advantages * c.logprobs
+
+
+def gmpo_term(c: _Context) -> Tensor:
+    """-A exp(mean over the sequence of r, clipped on the side that A overshoots)   (GMPO, 2025).
+
+    The geometric mean of the ratios belongs to the sequence; each token carries it with weight 1 / L_s.
+    """
+    upper = c.log_ratio.clamp(max=math.log1p(c.config.upper_epsilon))
+    lower = c.log_ratio.clamp(min=math.log1p(-c.config.epsilon) if c.config.epsilon < 1 else -math.inf)
+    segments, mask = c.tokens.segments, c.tokens.mask
+    sequence_advantage = segments.spread(segments.mean(c.advantages, mask))
+    clipped = torch.where(sequence_advantage > 0, upper, torch.where(sequence_advantage < 0, lower, c.log_ratio))
+    return -sequence_advantage * segments.spread(segments.mean(clipped, mask)).exp()
+
+
+def dppo_term(c: _Context) -> Tensor:
+    """-A w, dropped where pi - mu leaves the trust region on A's side, + coef (log w)^2   (DPPO, 2026)."""
+    behaviour = _behaviour(c)
+    gap = c.logprobs.detach().exp() - behaviour.exp()
+    limit = c.config.dppo_threshold
+    drop = ((gap > limit) & (c.advantages > 0)) | ((gap < -limit) & (c.advantages <= 0))
+    return torch.where(drop, 0.0, -c.advantages * c.ratio) + c.config.dppo_log_ratio_coef * c.log_w.square()
+
+
+def ppo_dual_term(c: _Context) -> Tensor:
+    """The clipped term, for A < 0 bounded: -max(min(w A, clip(w) A), c A)   (Ye et al., 2020)."""
+    clipped = clipped_term(c)
+    return torch.where(c.advantages < 0, torch.min(clipped, -c.config.dual_clip * c.advantages), clipped)
+
+
+def reinforce_term(c: _Context) -> Tensor:
+    """-A p   (Williams, 1992; with leave-one-out advantages: RLOO)."""
+    return -c.advantages * c.logprobs
+
+
+POLICY_TERMS: dict[str, Callable[[_Context], Tensor]] = {
+    "grpo": clipped_term,
+    "bnpo": clipped_term,
+    "dr_grpo": clipped_term,
+    "dapo": clipped_term,
+    "luspo": clipped_term,
+    "cispo": cispo_term,
+    "sapo": sapo_term,
+    "vespo": vespo_term,
+    "gmpo": gmpo_term,
+    "dppo": dppo_term,
+    "ppo_dual": ppo_dual_term,
+    "reinforce": reinforce_term,
+    "rloo": reinforce_term,
+}
+
+
+def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
+    """One of two constants a token, in the dtype of `like` (torch.where alone would round them to float32)."""
+    return torch.where(condition, like.new_tensor(yes), like.new_tensor(no))
+
+
+def _behaviour(c: _Context) -> Tensor:
+    """Log-probabilities of the policy that sampled: the engine's own, else the old policy's.
+
+    Where the engine does not know (NaN), the current policy's: no evidence of a difference.
+    """
+    current = c.logprobs.detach()
+    behaviour = c.tokens.old_logprobs if c.tokens.sampling_logprobs is None else c.tokens.sampling_logprobs
+    return current if behaviour is None else torch.where(behaviour.isnan(), current, behaviour)
+
+
+# -- the whole term -------------------------------------------------------------------------------------------------
+
+
+def objective(logprobs: Tensor, entropy: Tensor | None, tokens: Tokens, config: LossConfig) -> Terms:
+    """Per-token terms of the configured objective, differentiable in `logprobs`.
+
+    Args:
+        logprobs: `[T]` current log-probabilities; masked positions must be finite.
+        entropy: `[T]`, needed for `top_entropy_quantile` < 1 (only compared) and by the caller for the bonus.
+        tokens: everything else about the tokens.
+        config: the objective.
+    """
+    old = logprobs.detach() if tokens.old_logprobs is None else tokens.old_logprobs
+    log_ratio = logprobs - old
+    log_w = log_importance_ratio(log_ratio, logprobs, tokens, config.importance_sampling_level)
+    ratio = log_w.exp()
+    importance = importance_weight(old.detach(), tokens, config) if tokens.importance is None else tokens.importance
+    context = _Context(logprobs, log_w, ratio, log_ratio, importance, tokens, config)
+
+    policy = POLICY_TERMS[config.loss_type](context)
+    if config.off_policy_mask_threshold is not None:
+        kept = off_policy_mask(logprobs.detach(), _behaviour(context), tokens, config.off_policy_mask_threshold)
+        policy = torch.where(kept, policy, 0.0)
+    bonus_mask, num_bonus = tokens.mask, tokens.num_active
+    if config.top_entropy_quantile < 1.0:
+        assert entropy is not None
+        bonus_mask = high_entropy_mask(entropy.detach(), tokens.mask, config.top_entropy_quantile)
+        num_bonus = bonus_mask.sum()
+        policy = torch.where(bonus_mask, policy, 0.0)
+    if importance is not None and config.loss_type != "vespo":
+        policy = policy * importance
+
+    kl = None
+    if config.beta != 0.0:
+        assert tokens.ref_logprobs is not None
+        kl = kl_divergence(logprobs, tokens.ref_logprobs, config.kl_estimator)
+        if config.use_bias_correction_kl:
+            kl = kl * ratio
+        policy = policy + config.beta * kl
+    return Terms(
+        policy=torch.where(tokens.mask, policy, 0.0),
+        entropy_weights=bonus_mask.to(logprobs.dtype) / num_bonus.clamp(min=1),
+        ratio=ratio.detach(),
+        clip_ratio=context.capped_ratio.detach(),
+        kl=None if kl is None else kl.detach(),
+        importance=importance,
+        phi=vespo_phi(context) if config.loss_type == "vespo" else None,
+    )
+
+
+def total_loss(terms: Terms, entropy: Tensor | None, weights: Tensor, config: LossConfig) -> Tensor:
+    """sum_t weight_t term_t - entropy_coef sum_t entropy_weight_t entropy_t; 0-dim."""
+    loss = (terms.policy * weights).sum()
+    if config.entropy_coef != 0.0:
+        assert entropy is not None
+        loss = loss - config.entropy_coef * (terms.entropy_weights * entropy).sum()
+    return loss

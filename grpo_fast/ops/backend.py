@@ -1,0 +1,215 @@
+"""What a backend supplies: two GEMM shapes and two row functions on a chunk of logits; and the table of backends.
+
+Legend: R rows of a chunk, V vocabulary (or a block of it), H hidden size. For row t with raw product x_t = h_t W^T:
+
+    z_t = softcap(logit_scale (x_t + bias)) / temperature_t
+    lse_t = log sum_v exp z_tv         logprob_t = z_t[y_t] - lse_t        entropy_t = lse_t - sum_v p_tv z_tv
+    dx_tv = (g_t (1[v = y_t] - p_tv) - e_t p_tv (log p_tv + entropy_t)) / temperature_t * softcap' * logit_scale
+
+To add a backend: subclass `Backend` in a file of its own and add a row to `_FACTORIES`.
+"""
+
+from __future__ import annotations
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib import import_module
+
+import torch
+from torch import Tensor
+
+from grpo_fast.config import HeadConfig, LossConfig
+from grpo_fast.objectives import Tokens, objective, total_loss
+
+logger = logging.getLogger("grpo_fast")
+
+
+@dataclass(frozen=True)
+class Transform:
+    """From raw products to logits: bias, then logit_scale and soft cap, then temperature.
+
+    Attributes:
+        head: scale and soft cap.
+        bias: `[V]` in the weight's dtype, or None.
+        temperature: a float, or `[R]` float32, one a row.
+    """
+
+    head: HeadConfig
+    bias: Tensor | None
+    temperature: float | Tensor
+
+    def rows(self, rows: slice | Tensor) -> Transform:
+        """The same transform for some of the rows."""
+        return replace(self, temperature=self.temperature[rows]) if isinstance(self.temperature, Tensor) else self
+
+    def vocab_block(self, start: int, stop: int) -> Transform:
+        """The same transform for columns `start:stop`."""
+        return self if self.bias is None else replace(self, bias=self.bias[start:stop])
+
+
+class Backend(ABC):
+    """GEMMs and row functions on a chunk of logits. All methods are deterministic and read no host value back.
+
+    A row's results depend neither on its position nor on the other rows, as long as `tile_rows` is the same: that is
+    what makes old, current and reference passes agree bit for bit.
+    """
+
+    name: str
+
+    @abstractmethod
+    def why_unavailable(self, device: torch.device) -> str | None:
+        """None if the backend runs on `device`; otherwise the reason, and how to get it."""
+
+    @abstractmethod
+    def scratch_bytes(self, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+        """Temporary memory of the row functions and GEMMs, besides the chunk of logits itself."""
+
+    def preferred_tile_rows(self, device: torch.device) -> int:
+        """Rows of one logits GEMM, before the workspace cap: a power of two."""
+        return 1024 if device.type == "cuda" else 128
+
+    # -- GEMMs -------------------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def logits(self, hidden: Tensor, weight: Tensor, out: Tensor, tile_rows: int) -> None:
+        """out `[R, V]` float32 = hidden `[R, H]` @ weight `[V, H]`^T, unrounded; in GEMMs of exactly `tile_rows`."""
+
+    @abstractmethod
+    def grad_hidden(self, dx: Tensor, weight: Tensor, out: Tensor) -> None:
+        """out `[R, H]` float32 += dx `[R, V]` @ weight `[V, H]`."""
+
+    @abstractmethod
+    def grad_weight(self, dx: Tensor, hidden: Tensor, out: Tensor, *, accumulate: bool) -> None:
+        """out `[V, H]` (+)= dx `[R, V]`^T @ hidden `[R, H]`; float32 `out` if accumulating, else any dtype."""
+
+    # -- row functions -----------------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def statistics(self, logits: Tensor, targets: Tensor, transform: Transform) -> tuple[Tensor, Tensor, Tensor]:
+        """(logprobs, entropy, lse) `[R]` of raw products `[R, V]`, which stay as they are."""
+
+    @abstractmethod
+    def gradient(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        lse: Tensor,
+        entropy: Tensor,
+        g: Tensor,
+        e: Tensor | None,
+        transform: Transform,
+        *,
+        dtype: torch.dtype,
+        vocab_start: int = 0,
+    ) -> Tensor:
+        """dx `[R, V]`, written over raw products `[R, V]`.
+
+        Args:
+            dtype: of the GEMM operands that dx will meet; the result may be a narrower view of the same memory.
+            g, e: `[R]` gradients of the loss in logprob and entropy (e None: zero). Rows with both zero give zeros.
+            vocab_start: the vocabulary index of column 0, when the chunk holds a block of the vocabulary.
+        """
+
+    def objective_rows(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        transform: Transform,
+        tokens: Tokens,
+        weights: Tensor,
+        config: LossConfig,
+        *,
+        dtype: torch.dtype,
+        grad_scale: float | Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The whole row pass: statistics, the objective's derivative, dx over the logits.
+
+        A backend whose kernel does the three in one sweep overrides it for token-local objectives.
+
+        Args:
+            tokens, weights: of the chunk's first `n <= R` rows; the other rows are padding.
+            dtype: as in `gradient`.
+            grad_scale: multiplies dx (float16 operands would lose small gradients otherwise).
+
+        Returns:
+            (dx `[n, V]`, logprobs `[n]`, entropy `[n]`, live `[n]` bool: rows whose dx is not zero).
+        """
+        n = weights.numel()
+        logprobs, entropy, lse = (row[:n] for row in self.statistics(logits, targets, transform))
+        g, e = objective_derivative(logprobs, entropy, tokens, weights, config)
+        live = g != 0 if e is None else (g != 0) | (e != 0)
+        g, e = g * grad_scale, None if e is None else e * grad_scale
+        dx = self.gradient(logits[:n], targets[:n], lse, entropy, g, e, transform.rows(slice(0, n)), dtype=dtype)
+        return dx, logprobs, entropy, live
+
+
+@contextmanager
+def _autograd_inside_operator() -> Iterator[None]:
+    """Record a graph inside a custom operator, which runs below autograd: the dispatcher hides it from there."""
+    keys = torch._C.DispatchKey
+    with (
+        torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False),
+        torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, False),
+        torch.enable_grad(),
+    ):
+        yield
+
+
+def objective_derivative(
+    logprobs: Tensor, entropy: Tensor, tokens: Tokens, weights: Tensor, config: LossConfig
+) -> tuple[Tensor, Tensor | None]:
+    """(d loss / d logprobs, d loss / d entropy or None) `[T]`, by autograd through the objective's formula."""
+    with _autograd_inside_operator():
+        logprobs = logprobs.detach().requires_grad_()
+        entropy = entropy.detach().requires_grad_(config.entropy_coef != 0)
+        loss = total_loss(objective(logprobs, entropy, tokens, config), entropy, weights, config)
+        inputs = [logprobs] + [entropy] * entropy.requires_grad
+        grads = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+    return grads[0], grads[1] if entropy.requires_grad else None
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+# name: (module, class), in the order in which "auto" prefers them. Modules load when first asked for.
+_FACTORIES: dict[str, tuple[str, str]] = {
+    "torch": ("grpo_fast.ops.torch_backend", "TorchBackend"),
+}
+_announced: set[tuple[str, str]] = set()
+
+
+def backend_names() -> tuple[str, ...]:
+    """Names that `backend=` accepts besides "auto"."""
+    return tuple(_FACTORIES)
+
+
+@cache
+def get_backend(name: str) -> Backend:
+    """The backend called `name`; `resolve_backend` has checked that it exists."""
+    module, attribute = _FACTORIES[name]
+    backend: Backend = getattr(import_module(module), attribute)()
+    return backend
+
+
+@torch.compiler.assume_constant_result  # looked up while tracing, not traced
+def resolve_backend(name: str, device: torch.device) -> str:
+    """The name of the backend to use on `device`; "auto" takes the first available and logs which, once.
+
+    Raises:
+        ValueError: unknown name, or a backend asked for by name that does not run here (with the reason).
+    """
+    if name != "auto":
+        if name not in _FACTORIES:
+            raise ValueError(f"backend: expected auto or one of {', '.join(_FACTORIES)}; got {name!r}")
+        reason = get_backend(name).why_unavailable(device)
+        if reason is not None:
+            raise ValueError(f"backend: {name!r} is not available on {device}: {reason}")
+        return name
+    chosen = next(n for n in _FACTORIES if get_backend(n).why_unavailable(device) is None)
+    if (chosen, device.type) not in _announced:
+        _announced.add((chosen, device.type))
+        logger.info("backend auto: using %r on %s", chosen, device.type)
+    return chosen

@@ -1,0 +1,158 @@
+"""One LM head, one call: which rows to run, the operands in the operators' form, and the chosen plan.
+
+Legend: T packed tokens, S sequences, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from grpo_fast.config import HeadConfig, LossConfig
+from grpo_fast.objectives import Tokens, couples_tokens, needs_every_row
+from grpo_fast.ops.backend import resolve_backend
+from grpo_fast.ops.functions import FusedObjective, HeadArgs, Logprobs, forward_op
+from grpo_fast.ops.planner import Demand, choose_plan, default_workspace_bytes, report, row_budget
+
+
+def active_mask(tokens: Tokens, config: LossConfig, *, masked: bool) -> Tensor | None:
+    """The rows to compute, `[T]` bool, or None if that is all of them without asking the device.
+
+    Left out are masked rows and, unless something needs them, rows whose gradient is known to be zero: zero advantage,
+    or a masked train/inference correction. An objective that couples a sequence's tokens keeps or drops it whole.
+
+    Args:
+        masked: whether `tokens.mask` can hold a False at all.
+    """
+    if needs_every_row(config):
+        return tokens.mask if masked else None
+    live = tokens.mask & (tokens.advantages != 0)
+    if tokens.importance is not None and config.loss_type != "vespo":
+        live = live & (tokens.importance != 0)
+    if couples_tokens(config, has_old=tokens.old_logprobs is not None):
+        live = tokens.mask & tokens.segments.spread(tokens.segments.sum(live) > 0)
+    return live
+
+
+def computed_tokens(tokens: Tokens, active: Tensor) -> Tokens:
+    """The tokens with only the computed ones unmasked; the rest must not reach an exponential."""
+
+    return Tokens(
+        advantages=tokens.advantages,
+        mask=active,
+        segments=tokens.segments,
+        num_active=tokens.num_active,
+        **tokens.optional(lambda values: torch.where(active, values, 0.0)),
+    )
+
+
+@dataclass
+class HeadLaunch:
+    """The LM head's operands in the operators' form, and the plan once `choose` has run."""
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    args: HeadArgs
+    plan: str = ""
+
+    @staticmethod
+    def of(
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        active: Tensor | None,
+        temperature: float | Tensor,
+        head: HeadConfig,
+        backend: str,
+        workspace_bytes: int | None,
+    ) -> HeadLaunch:
+        row_temperature = temperature.reshape(-1) if isinstance(temperature, Tensor) else None
+        args = HeadArgs(
+            targets=targets,
+            row_temperature=row_temperature,
+            active=active,
+            num_rows=-1,
+            temperature=1.0 if isinstance(temperature, Tensor) else float(temperature),
+            logit_scale=float(head.logit_scale),
+            softcap=None if head.softcap is None else float(head.softcap),
+            backend=resolve_backend(backend, hidden.device),
+            workspace_bytes=default_workspace_bytes(hidden.device) if workspace_bytes is None else workspace_bytes,
+        )
+        return HeadLaunch(hidden.reshape(-1, hidden.shape[-1]), weight, bias, args)
+
+    def row_counts(self, tokens: Tokens) -> list[int] | None:
+        """Computed rows of each sequence, on the host (a GPU is waited for once); None while compiling."""
+        if torch.compiler.is_compiling():
+            return None
+        active = tokens.mask if self.args.active is None else self.args.active
+        counts: list[int] = tokens.segments.sum(active).tolist()
+        self.args = self.args._replace(num_rows=sum(counts))
+        return counts
+
+    def choose(
+        self, plan: str, *, couples_tokens: bool, couples_sequences: bool, entropy_grad: bool, longest: int | None
+    ) -> None:
+        """Set `plan`."""
+        grad = torch.is_grad_enabled()
+        needs_weight = grad and (self.weight.requires_grad or (self.bias is not None and self.bias.requires_grad))
+        demand = Demand(
+            needs_grad=grad and (needs_weight or self.hidden.requires_grad),
+            needs_weight_grad=needs_weight,
+            couples_tokens=couples_tokens,
+            couples_sequences=couples_sequences,
+            entropy_grad=entropy_grad,
+            longest=longest,
+        )
+        weight = self.weight
+        budget = row_budget(self.args.backend, *weight.shape, weight.dtype, weight.device, self.args.workspace_bytes)
+        self.plan = choose_plan(plan, demand, budget)
+        if not torch.compiler.is_compiling():
+            report(self.plan, self.args.backend, weight, budget)
+            active = self.args.active
+            if self.args.num_rows < 0 and active is not None and active.device.type != "cpu":
+                self.args = self.args._replace(num_rows=int(active.sum()))  # the call's one wait for the device
+
+    def logprobs(self, main_grad: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(logprobs, entropy) `[T]`, differentiable unless the plan is `forward`."""
+        if self.plan == "forward":
+            return forward_op(self.hidden.detach(), self.weight.detach(), _detached(self.bias), *self.args, False)[:2]
+        result: tuple[Tensor, Tensor] = Logprobs.apply(
+            self.hidden, self.weight, self.bias, main_grad, self.plan, *self.args
+        )
+        return result
+
+    def fused(
+        self,
+        tokens: Tokens,
+        weights: Tensor,
+        config: LossConfig,
+        row_counts: list[int] | None,
+        main_grad: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, logprobs, entropy), with the gradients computed on the way."""
+        result: tuple[Tensor, Tensor, Tensor] = FusedObjective.apply(
+            self.hidden,
+            self.weight,
+            self.bias,
+            main_grad,
+            *self.args,
+            config.key,
+            weights,
+            tokens.advantages,
+            tokens.num_active,
+            tokens.segments.cu_seqlens,
+            row_counts,
+            tokens.old_logprobs,
+            tokens.ref_logprobs,
+            tokens.sampling_logprobs,
+            tokens.importance,
+        )
+        return result
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()

@@ -1,0 +1,76 @@
+"""The `lean` backward: by blocks of the vocabulary, so that no float32 `[V, H]` accumulator exists.
+
+Legend: n rows that are computed, H hidden size, V vocabulary, K columns of a block.
+
+All n rows' logits of a block are held at once (`[n, K]`), so each block's dWeight is one GEMM that rounds by itself;
+what accumulates across blocks is dHidden, `[n, H]` float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_fast.ops.passes import Gradients, HeadCall, Wanted
+
+MIN_BLOCK = 128
+"""Columns of a block at least; with H >= 128 a block's logits are then no larger than the n rows' hidden states."""
+
+
+def block_columns(call: HeadCall) -> int:
+    """Columns of a block: what the workspace holds of all rows."""
+    held = call.budget.chunk_rows * call.weight.shape[0]
+    return max(MIN_BLOCK, held // max(call.num_rows, 1) // MIN_BLOCK * MIN_BLOCK)
+
+
+def lean_backward_pass(
+    call: HeadCall, lse: Tensor, entropy: Tensor, g: Tensor, e: Tensor | None, want: Wanted
+) -> Gradients:
+    """The same result as `passes.backward_pass`, up to summation order."""
+    index, n, scale = call.select(0, call.num_rows), call.num_rows, call.grad_scale(g)
+    vocab, width = call.weight.shape
+    hidden, targets, transform = call.hidden[index], call.targets[index], call.transform.rows(index)
+    lse, entropy, g = lse[index], entropy[index], g[index] * scale
+    e = None if e is None else e[index] * scale
+    grad_rows = hidden.new_zeros(hidden.shape, dtype=call.accumulator) if want.hidden else None
+    grad_weight = (
+        call.weight.new_zeros((vocab, width), dtype=call.grad_dtype) if want.weight and want.main_grad is None else None
+    )
+    grad_bias = call.weight.new_zeros(vocab, dtype=call.grad_dtype) if want.bias else None
+    step = min(block_columns(call), vocab)
+    buffer = hidden.new_empty(n * step, dtype=call.accumulator)
+    for start in range(0, vocab, step) if n else ():
+        stop = min(start + step, vocab)
+        weight, columns = call.weight[start:stop], transform.vocab_block(start, stop)
+        logits = buffer[: n * (stop - start)].view(n, stop - start)
+        call.backend.logits(hidden, weight, logits, n)
+        dx = call.backend.gradient(logits, targets, lse, entropy, g, e, columns, dtype=hidden.dtype, vocab_start=start)
+        if grad_rows is not None:
+            call.backend.grad_hidden(dx, weight, grad_rows)
+        if grad_bias is not None:
+            grad_bias[start:stop] = dx.sum(0, dtype=call.accumulator).div_(scale).to(grad_bias.dtype)
+        if want.weight:
+            whole = want.main_grad if grad_weight is None else grad_weight
+            assert whole is not None
+            _grad_weight_block(call, dx, hidden, whole[start:stop], scale, accumulate=grad_weight is None)
+    grad_hidden = None
+    if grad_rows is not None:
+        grad_hidden = call.hidden.new_zeros(call.hidden.shape, dtype=call.grad_dtype)
+        grad_hidden[index] = grad_rows.div_(scale).to(grad_hidden.dtype)
+    return Gradients(grad_hidden, grad_weight, grad_bias)
+
+
+def _grad_weight_block(
+    call: HeadCall, dx: Tensor, hidden: Tensor, out: Tensor, scale: float | Tensor, *, accumulate: bool
+) -> None:
+    """out (+)= dx^T hidden / scale."""
+    if hidden.dtype != torch.float16:
+        call.backend.grad_weight(dx, hidden, out, accumulate=accumulate)
+        return
+    wide = out.new_zeros(out.shape, dtype=call.accumulator)
+    call.backend.grad_weight(dx, hidden, wide, accumulate=True)
+    wide.div_(scale)
+    if accumulate:
+        out.add_(wide)
+    else:
+        out.copy_(wide)

@@ -1,0 +1,149 @@
+"""Which execution plan to run, and how many rows a chunk may have under the workspace cap.
+
+Legend: T tokens (rows), H hidden size, V vocabulary, R rows of a chunk.
+
+| plan          | when                                                      | GEMM FLOPs |
+|---------------|-----------------------------------------------------------|------------|
+| `single_pass` | token-local objective                                     | 6 T H V    |
+| `frozen_head` | neither weight nor bias needs a gradient                  | 4 T H V    |
+| `resident`    | objective within sequences, each sequence fits in a chunk | 6 T H V    |
+| `recompute`   | always                                                    | 8 T H V    |
+| `lean`        | always; recompute without a float32 `[V, H]` accumulator  | 8 T H V    |
+| `forward`     | nothing needs a gradient                                  | 2 T H V    |
+
+`resident` is `single_pass` on chunks of whole sequences: a chunk's float32 logits stay until the sequence-level
+quantities of its rows are known. (Keeping logits rather than unscaled gradients lets one pair of row functions serve
+every plan and the entropy gradient, and rows found clipped can still leave before the backward GEMMs.)
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from grpo_fast.ops.backend import get_backend
+
+logger = logging.getLogger("grpo_fast")
+
+PLANS = ("single_pass", "frozen_head", "resident", "recompute", "lean")
+MIN_TILE_ROWS = 16
+_reported: set[tuple[object, ...]] = set()
+
+
+class RowBudget(NamedTuple):
+    """Rows the workspace holds.
+
+    Attributes:
+        tile_rows: rows of every logits GEMM. It depends on V, H, dtype and workspace, never on T, the plan or the
+            compaction, so that all passes over the same weights compute a row with the same instructions.
+        chunk_rows: rows whose logits are held at once, a multiple of `tile_rows`.
+    """
+
+    tile_rows: int
+    chunk_rows: int
+
+
+def default_workspace_bytes(device: torch.device) -> int:
+    """1 GiB on a GPU, 256 MiB elsewhere."""
+    return 2**30 if device.type == "cuda" else 2**28
+
+
+@torch.compiler.assume_constant_result  # plain values in and out: nothing for a compiler to trace
+def row_budget(
+    backend: str, vocab: int, width: int, dtype: torch.dtype, device: torch.device, workspace_bytes: int
+) -> RowBudget:
+    """Turn the workspace cap into rows, for a `[vocab, width]` head.
+
+    Raises:
+        ValueError: the workspace does not hold the smallest tile.
+    """
+    engine = get_backend(backend)
+    row_bytes = vocab * max(4, dtype.itemsize)  # a logit is float32, or float64 for float64 inputs
+    scratch = engine.scratch_bytes(vocab, dtype, device)
+    rows = (workspace_bytes - scratch) // row_bytes
+    if rows < MIN_TILE_ROWS:
+        raise ValueError(
+            f"workspace_bytes: expected at least {scratch + MIN_TILE_ROWS * row_bytes} for a vocabulary of {vocab} "
+            f"and backend {backend!r}; got {workspace_bytes}"
+        )
+    tile_rows = engine.preferred_tile_rows(device)
+    while tile_rows > max(rows // 2, MIN_TILE_ROWS):  # two tiles at least: whole tiles leave little room unused
+        tile_rows //= 2
+    return RowBudget(tile_rows, rows // tile_rows * tile_rows)
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What a call asks of the planner.
+
+    Attributes:
+        needs_grad, needs_weight_grad: whether anything, and whether weight or bias, needs a gradient.
+        couples_tokens, couples_sequences: of the objective; both True when it is not known (`token_logprobs`).
+        entropy_grad: the entropy is known to need a gradient.
+        longest: rows of the longest sequence, or None if the host does not know it.
+    """
+
+    needs_grad: bool
+    needs_weight_grad: bool
+    couples_tokens: bool
+    couples_sequences: bool
+    entropy_grad: bool
+    longest: int | None
+
+
+def choose_plan(plan: str, demand: Demand, budget: RowBudget) -> str:
+    """The plan to run: the cheapest that fits for "auto", otherwise the one asked for.
+
+    Raises:
+        ValueError: unknown plan, or one that cannot serve this call (with the reason).
+    """
+    if plan != "auto" and plan not in PLANS:
+        raise ValueError(f"plan: expected auto or one of {', '.join(PLANS)}; got {plan!r}")
+    obstacle = None if plan == "auto" else _obstacle(plan, demand, budget)
+    if obstacle is not None:
+        raise ValueError(f"plan: {plan!r} cannot serve this call: {obstacle}")
+    if not demand.needs_grad:
+        return "forward"
+    if plan != "auto":
+        return plan
+    # With an entropy gradient the frozen head would have to recompute: 6 T H V at best.
+    frozen = () if demand.entropy_grad else ("frozen_head",)
+    candidates = (*frozen, "single_pass", "resident", "recompute")
+    return next(name for name in candidates if _obstacle(name, demand, budget) is None)
+
+
+def _obstacle(plan: str, demand: Demand, budget: RowBudget) -> str | None:
+    """Why `plan` cannot serve the call, or None."""
+    if plan == "single_pass" and demand.couples_tokens:
+        return "the objective couples tokens, so a row's gradient is not known when its logits are"
+    if plan == "frozen_head" and demand.needs_grad and demand.needs_weight_grad:
+        return "weight or bias needs a gradient"
+    if plan == "resident":
+        if demand.couples_sequences:
+            return "the objective couples sequences (or is not known yet)"
+        if demand.longest is None:
+            return "sequence lengths are not known on the host while compiling"
+        if demand.longest > budget.chunk_rows:
+            return (
+                f"the longest sequence has {demand.longest} rows and the workspace holds {budget.chunk_rows}; "
+                "raise workspace_bytes or use recompute"
+            )
+    return None
+
+
+def report(plan: str, backend: str, weight: Tensor, budget: RowBudget) -> None:
+    """Log the choice, once per shape."""
+    facts = (plan, backend, weight.shape, weight.dtype, budget)
+    if facts not in _reported:
+        _reported.add(facts)
+        logger.info(
+            "plan %s on backend %s: weight %s %s, tiles of %d rows, chunks of at most %d",
+            *facts[:2],
+            list(weight.shape),
+            weight.dtype,
+            *budget,
+        )
