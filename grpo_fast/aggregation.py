@@ -24,7 +24,7 @@ def default_normalizer(config: LossConfig, mask: Tensor, segments: Segments) -> 
     if config.loss_type == "dr_grpo":
         assert config.max_completion_length is not None
         denominator *= config.max_completion_length
-    return torch.tensor(denominator, device=mask.device)
+    return torch.full((), denominator, device=mask.device)  # a fill: copying a number over would wait for a GPU
 
 
 def token_weights(

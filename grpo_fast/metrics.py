@@ -159,7 +159,7 @@ def collect_metrics(
     bad = computed & ~(logprobs.isfinite() & known_entropy.isfinite())
     values: dict[str, Tensor] = {
         "tokens": loss_mask.sum(),
-        "sequences": lengths.new_tensor(segments.num_sequences),
+        "sequences": lengths.new_full((), segments.num_sequences),
         "computed": computed.sum(),
         "bad_rows": bad.sum(),
         "loss": loss.detach(),
@@ -168,7 +168,7 @@ def collect_metrics(
         "clip_low": flagged(low),
         "clip_high": flagged(high),
         "clip_region": flagged(low | high),
-        "clip_count": lengths.new_tensor(segments.num_sequences) if at_sequence else loss_mask.sum(),
+        "clip_count": lengths.new_full((), segments.num_sequences) if at_sequence else loss_mask.sum(),
         "cispo_clipped": flagged((terms.ratio > config.upper_epsilon) & (advantages > 0)),
         "phi": logprobs.new_zeros(()) if terms.phi is None else segments.mean(terms.phi, computed).double().sum(),
         "approx_kl": total((drift.exp() - drift - 1).expand_as(logprobs), computed),
@@ -209,7 +209,7 @@ def _sampling_metrics(
         empty = tokens.segments.sum(mask) == 0
         neutral = bounded_importance(torch.ones_like(infinity), mode, config)
         values["importance"] = (tokens.segments.mean(weight, mask) + empty * neutral).double().sum()
-        values["importance_count"] = empty.new_tensor(empty.numel(), dtype=torch.int64)
+        values["importance_count"] = empty.new_full((), empty.numel(), dtype=torch.int64)
         least = torch.cat([least, torch.where(empty, neutral, infinity)])
         most = torch.cat([most, torch.where(empty, neutral, -infinity)])
     else:

@@ -306,7 +306,7 @@ POLICY_TERMS: dict[str, Callable[[_Context], Tensor]] = {
 
 def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
     """One of two constants a token, in the dtype of `like` (torch.where alone would round them to float32)."""
-    return torch.where(condition, like.new_tensor(yes), like.new_tensor(no))
+    return torch.where(condition, like.new_full((), yes), like.new_full((), no))
 
 
 def _behaviour(c: _Context) -> Tensor:

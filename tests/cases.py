@@ -330,7 +330,8 @@ def objective_rows() -> list[tuple[str, ...]]:
     return rows
 
 
-def _kwargs(loss_type: str, level: str, kl: str, correction: str, mask: str, extra: str) -> dict[str, Any]:
+def objective_kwargs(loss_type: str, level: str, kl: str, correction: str, mask: str, extra: str) -> dict[str, Any]:
+    """`LossConfig` keywords from one name an axis."""
     parts = [_KL[kl], _CORRECTIONS[correction], _MASKS[mask], _EXTRAS[extra], _LOSS_TYPES[loss_type]]
     kwargs: dict[str, Any] = {"loss_type": loss_type, "importance_sampling_level": level}
     for part in parts:
@@ -338,5 +339,5 @@ def _kwargs(loss_type: str, level: str, kl: str, correction: str, mask: str, ext
     return kwargs
 
 
-OBJECTIVES = [pytest.param(_kwargs(*row), id="-".join(row)) for row in objective_rows()]
+OBJECTIVES = [pytest.param(objective_kwargs(*row), id="-".join(row)) for row in objective_rows()]
 """`LossConfig` keyword dicts covering every pair of AXES values; use with `@pytest.mark.parametrize("kwargs", ...)`."""

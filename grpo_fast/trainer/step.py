@@ -1,0 +1,242 @@
+"""One optimiser step: packs through the backbone, `grpo_loss` on their rows, gradients summed exactly, AdamW.
+
+The denominator of the loss is the whole step's, so the gradient does not depend on how the step is cut into packs, nor
+on completions whose gradient is known to be zero, which never reach the model. (One exception: `top_entropy_quantile`
+takes its quantile within a pack.)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import torch
+
+from grpo_fast.aggregation import SEQUENCE_MEAN, SEQUENCE_SUM
+from grpo_fast.config import LossConfig
+from grpo_fast.loss import Metrics, grpo_loss, token_logprobs
+from grpo_fast.objectives import needs_every_row
+from grpo_fast.trainer.batch import Experience, MicroBatch, build_microbatches
+from grpo_fast.trainer.config import TrainConfig
+from grpo_fast.trainer.errors import ConfigError
+from grpo_fast.trainer.model import Policy
+from grpo_fast.trainer.optim import MasterWeights, Optimizer
+
+
+class NonFiniteUpdate(Exception):  # noqa: N818 - the loop turns it into NonFiniteError, once the batch is saved
+    """The loss or the gradient norm is NaN or infinite; nothing was applied.
+
+    Attributes:
+        metrics: of the step, as far as known.
+    """
+
+    def __init__(self, what: str, metrics: dict[str, float]) -> None:
+        super().__init__(what)
+        self.metrics = metrics
+
+
+class Updater:
+    """Trains `policy` on experiences.
+
+    Args:
+        policy: the model to train.
+        config: of the run.
+        reference: the frozen reference policy; None if `loss.beta` is 0 or under LoRA (adapter switched off).
+    """
+
+    def __init__(self, policy: Policy, config: TrainConfig, reference: Policy | None = None) -> None:
+        self.policy = policy
+        self.reference = reference
+        self.weights = MasterWeights(policy.model, enabled=config.model.master_weights)
+        self.optimizer = Optimizer(self.weights, config)
+        self._config = config
+        self._try_loss()
+
+    def prepare(self, experience: Experience, minibatches: Sequence[Sequence[int]]) -> None:
+        """Fill in the logprobs that the experience's steps need besides the current ones.
+
+        Those of the policy before its first step, if there will be several: with one step the current policy is the
+        old one. Those of the reference, if `loss.beta` is not 0. Packs are those of the updates, so that the numbers
+        are comparable to the last bit.
+        """
+        num_steps = len(minibatches) * self._config.num_iterations
+        if num_steps > 1:
+            experience.old_logprobs = self._score(self.policy, experience, minibatches)
+        if self._config.loss.beta != 0:
+            if self.reference is not None:
+                experience.ref_logprobs = self._score(self.reference, experience, minibatches)
+            else:
+                with self.policy.as_reference():
+                    experience.ref_logprobs = self._score(self.policy, experience, minibatches)
+
+    def gradients(self, experience: Experience, completions: Sequence[int]) -> dict[str, float]:
+        """Compute the step's clipped gradients on some completions of `experience`; returns the step's metrics.
+
+        Raises:
+            NonFiniteUpdate: the loss or the gradient norm is not finite.
+        """
+        self.weights.start_step()
+        packs = self._packs(experience, completions)
+        self.policy.model.train()
+        with self.policy.packing():
+            parts = [self._backward(experience, pack, packs, completions) for pack in packs]
+        self.policy.model.eval()
+        metrics = self._merge(experience, completions, parts)
+        metrics["padding_fraction"] = _weighted(
+            [pack.layout.padding_fraction for pack in packs], [pack.layout.source.numel() for pack in packs]
+        )
+        metrics["num_microbatches"] = float(len(packs))
+        metrics["update_flops"] = self._flops(packs)
+        metrics["learning_rate"] = self.optimizer.learning_rate
+        metrics["grad_norm"] = self.optimizer.clip()
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(metrics[name]):
+                raise NonFiniteUpdate(f"{name} is {metrics[name]}", metrics)
+        return metrics
+
+    def apply(self) -> None:
+        """Take the step whose gradients were computed last."""
+        self.optimizer.step()
+
+    def _flops(self, packs: Sequence[MicroBatch]) -> float:
+        """Floating-point operations of the matrix products of a step: 6 a weight and token (attention not counted)."""
+        head = self.policy.head().weight.numel()
+        body = self.policy.num_parameters - head
+        return sum(6.0 * (body * pack.input_ids.numel() + head * pack.num_rows) for pack in packs)
+
+    def _packs(self, experience: Experience, completions: Sequence[int]) -> list[MicroBatch]:
+        """Micro-batches of the completions that can have a gradient."""
+        every = needs_every_row(self._config.loss)
+        kept = [
+            number
+            for number in completions
+            if bool(experience.in_loss[number]) and (every or float(experience.advantages[number]) != 0)
+        ]
+        return build_microbatches(
+            experience,
+            kept,
+            max_tokens=self._config.max_tokens_per_microbatch,
+            implementation=self.policy.attention,
+            device=self.policy.device,
+        )
+
+    def _backward(
+        self, experience: Experience, pack: MicroBatch, packs: Sequence[MicroBatch], completions: Sequence[int]
+    ) -> Metrics:
+        """Forward and backward of one pack; the loss's metrics."""
+        loss = self._config.loss
+        share = pack.num_rows / max(sum(other.num_rows for other in packs), 1)
+        # The entropy bonus is a mean over the call's tokens: weighted by its share it is the mean over the step's.
+        pack_loss = dataclasses.replace(loss, entropy_coef=loss.entropy_coef * share) if loss.entropy_coef else loss
+        states = pack.states(self.policy.model)
+        head = self.policy.head()
+        output = grpo_loss(
+            states,
+            head.weight,
+            pack.targets,
+            experience.advantages[pack.completions].to(pack.targets.device),
+            cu_seqlens=pack.cu_seqlens,
+            old_logprobs=pack.take(experience.old_logprobs),
+            ref_logprobs=pack.take(experience.ref_logprobs),
+            sampling_logprobs=pack.take(experience.sampling_logprobs),
+            bias=head.bias,
+            head=head.config,
+            config=pack_loss,
+            normalizer=self._normalizer(experience, completions),
+            main_grad=self.weights.main_grad(head.weight),
+            backend=self._config.backend,
+            plan=self._config.plan,
+            workspace_bytes=self._config.workspace_bytes,
+        )
+        output.loss.backward()
+        output.metrics.config = loss
+        return output.metrics
+
+    def _try_loss(self) -> None:
+        """Run the loss on one token and eight words, so that a backend or plan that cannot serve says so now.
+
+        Raises:
+            ConfigError: it cannot.
+        """
+        head = self.policy.head()
+        weight = head.weight.detach()[:8].clone().requires_grad_(head.weight.requires_grad)
+        zero = torch.zeros(1, device=weight.device)
+        try:
+            grpo_loss(
+                torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=True),
+                weight,
+                torch.zeros(1, dtype=torch.int64, device=weight.device),
+                zero + 1,
+                ref_logprobs=zero,
+                sampling_logprobs=zero,
+                bias=None if head.bias is None else head.bias.detach()[:8],
+                head=head.config,
+                config=self._config.loss,
+                backend=self._config.backend,
+                plan=self._config.plan,
+                workspace_bytes=self._config.workspace_bytes,
+            )
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def _normalizer(self, experience: Experience, completions: Sequence[int]) -> float:
+        """The loss type's denominator over the whole step, completions without a gradient included."""
+        loss: LossConfig = self._config.loss
+        if loss.loss_type in (*SEQUENCE_MEAN, *SEQUENCE_SUM):
+            return float(len(completions))
+        if loss.loss_type == "dr_grpo":
+            return float(len(completions) * (loss.max_completion_length or 1))
+        return float(max(_num_tokens(experience, completions), 1))
+
+    def _merge(self, experience: Experience, completions: Sequence[int], parts: Sequence[Metrics]) -> dict[str, float]:
+        """The loss's metrics of all packs; shares are of all the step's tokens, means of those computed."""
+        if not parts:  # every advantage is zero
+            return {"loss": 0.0, "active_row_fraction": 0.0}
+        metrics = Metrics.merge(list(parts)).as_dict()
+        num_tokens, num_sequences = metrics.pop("num_active_tokens"), metrics.pop("num_sequences")
+        if self._config.loss.importance_sampling_level == "sequence":
+            clip_share = num_sequences / len(completions)
+        else:
+            clip_share = num_tokens / max(_num_tokens(experience, completions), 1)
+        for name in ("low_mean", "high_mean", "region_mean"):
+            if f"clip_ratio/{name}" in metrics:
+                metrics[f"clip_ratio/{name}"] *= clip_share
+        if "cispo_clip_ratio" in metrics:
+            metrics["cispo_clip_ratio"] *= clip_share
+        metrics["active_row_fraction"] *= num_tokens / max(_num_tokens(experience, completions), 1)
+        return metrics
+
+    @torch.no_grad()
+    def _score(self, policy: Policy, experience: Experience, minibatches: Sequence[Sequence[int]]) -> torch.Tensor:
+        """`[N]` logprobs of the experience's tokens under `policy`; NaN where no step will ask."""
+        scored = torch.full_like(experience.sampling_logprobs, torch.nan)
+        with policy.packing():
+            for completions in minibatches:
+                for pack in self._packs(experience, completions):
+                    states = pack.states(policy.model)
+                    head = policy.head()
+                    result = token_logprobs(
+                        states,
+                        head.weight,
+                        pack.targets,
+                        bias=head.bias,
+                        head=head.config,
+                        temperature=self._config.loss.temperature,
+                        entropy=False,
+                        backend=self._config.backend,
+                        workspace_bytes=self._config.workspace_bytes,
+                    )
+                    scored[pack.token_index] = result.logprobs.to(scored.device)
+        return scored
+
+
+def _num_tokens(experience: Experience, completions: Sequence[int]) -> int:
+    """Tokens of the completions that may carry loss."""
+    lengths = experience.token_bounds.diff() * experience.in_loss
+    return int(lengths[torch.tensor(list(completions), dtype=torch.int64)].sum())
+
+
+def _weighted(values: Sequence[float], weights: Sequence[float]) -> float:
+    total = sum(weights)
+    return sum(value * weight for value, weight in zip(values, weights, strict=True)) / total if total else 0.0

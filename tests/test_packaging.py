@@ -1,0 +1,226 @@
+"""What a distribution contains, that each kind of install works, and what importing the parts loads.
+
+Everything runs offline: builds without isolation in copies of the sources, installs without dependencies in scratch
+environments that see this one's packages.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import grpo_fast
+
+REPO = Path(__file__).resolve().parent.parent
+FILES = "pyproject.toml setup.py MANIFEST.in LICENSE README.md CHANGELOG.md constraints.txt Makefile".split()
+FOLDERS = "grpo_fast kernels recipes".split()
+
+
+def run(*command: str | Path, cwd: Path, **env: str) -> str:
+    """Standard output of a command that must succeed, free of this process's PYTHONPATH."""
+    inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    done = subprocess.run([str(part) for part in command], cwd=cwd, env=inherited | env, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
+    return done.stdout.strip()
+
+
+def copy_sources(target: Path) -> Path:
+    """The files a clone has, in `target`: building in the repository itself would leave things behind."""
+    target.mkdir()
+    for name in FILES:
+        shutil.copy(REPO / name, target / name)
+    for name in FOLDERS:
+        shutil.copytree(REPO / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info"))
+    return target
+
+
+def expected_modules() -> set[str]:
+    """Every Python file and recipe of the repository, at the place where it is to be installed."""
+    found = set()
+    for folder in FOLDERS:
+        inside = "grpo_fast" if folder == "grpo_fast" else f"grpo_fast/{folder}"
+        files = [path for path in (REPO / folder).rglob("*") if path.suffix in (".py", ".yaml")]
+        found |= {f"{inside}/{path.relative_to(REPO / folder).as_posix()}" for path in files}
+    return found
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """sdist, the wheel built from it, and the wheel built from the sources directly."""
+    pytest.importorskip("build")
+    folder = tmp_path_factory.mktemp("build")
+    sources = copy_sources(folder / "sources")
+    build = (sys.executable, "-m", "build", "--no-isolation", "--outdir")
+    run(
+        *build, folder / "from_sdist", sources, cwd=folder
+    )  # neither --sdist nor --wheel: the wheel is built from the sdist
+    run(*build, folder / "direct", "--wheel", sources, cwd=folder)
+    (sdist,) = (folder / "from_sdist").glob("*.tar.gz")
+    (from_sdist,) = (folder / "from_sdist").glob("*.whl")
+    (direct,) = (folder / "direct").glob("*.whl")
+    return {"sdist": sdist, "from_sdist": from_sdist, "direct": direct}
+
+
+def scratch_environment(folder: Path) -> Path:
+    """The interpreter of a new virtual environment that sees this environment's packages, without their .pth files.
+
+    Without: an editable grpo-fast of this environment must not answer for the one under test.
+    """
+    run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+    python = folder / "bin" / "python"
+    purelib = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder))
+    here = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (purelib / "this_environment.pth").write_text("\n".join(sorted(here)))
+    return python
+
+
+def install(python: Path, *what: str | Path) -> None:
+    """pip install of `what` alone, into the environment of `python`."""
+    options = "--quiet --no-index --no-deps --no-build-isolation --ignore-installed --no-warn-script-location".split()
+    run(sys.executable, "-m", "pip", "--python", python, "install", *options, *what, cwd=python.parent)
+
+
+@pytest.mark.parametrize("kind", ["direct", "from_sdist"])
+def test_wheel_contains_every_module_under_one_top_level(distributions: dict[str, Path], kind: str) -> None:
+    with zipfile.ZipFile(distributions[kind]) as wheel:
+        names = set(wheel.namelist())
+        (top_level,) = (wheel.read(name).decode() for name in names if name.endswith(".dist-info/top_level.txt"))
+    assert {name.split("/")[0] for name in names} == {"grpo_fast", f"grpo_fast-{grpo_fast.__version__}.dist-info"}
+    assert top_level.split() == ["grpo_fast"]
+    installed = {name for name in names if name.startswith("grpo_fast/") and name.endswith((".py", ".yaml"))}
+    assert installed == expected_modules(), "setup.py lists packages by hand: is a new one missing there?"
+    assert "grpo_fast/kernels/__init__.py" in names
+
+
+def test_sdist_is_complete_and_licensed(distributions: dict[str, Path]) -> None:
+    with tarfile.open(distributions["sdist"]) as archive:
+        names = {name.partition("/")[2] for name in archive.getnames()}
+    assert {"LICENSE", "README.md", "CHANGELOG.md", "kernels/__init__.py", "setup.py", "pyproject.toml"} <= names
+
+
+@pytest.mark.parametrize("kind", ["direct", "from_sdist", "editable"])
+def test_installs_import(distributions: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    python = scratch_environment(tmp_path / "env")
+    if kind == "editable":
+        home = copy_sources(tmp_path / "sources")
+        install(python, "--editable", home)
+    else:
+        home = tmp_path / "env"
+        install(python, distributions[kind])
+    program = """
+import importlib.metadata, importlib.resources, importlib.util
+import grpo_fast, grpo_fast.kernels, grpo_fast.loss
+print(grpo_fast.__file__)
+print(grpo_fast.kernels.__file__)
+print(importlib.metadata.version("grpo-fast"), grpo_fast.__version__)
+print(sorted(path.name for path in importlib.resources.files("grpo_fast.recipes").iterdir() if path.suffix == ".yaml"))
+"""
+    package, kernels, versions, recipes = run(python, "-c", program, cwd=tmp_path).splitlines()
+    assert Path(package).is_relative_to(home)
+    assert Path(kernels).is_relative_to(home)
+    assert versions.split() == [grpo_fast.__version__] * 2
+    assert recipes == str(sorted(path.name for path in (REPO / "recipes").glob("*.yaml")))
+    assert "train" in run(tmp_path / "env" / "bin" / "grpo-fast", "--help", cwd=tmp_path)
+
+
+# --- Hugging Face's `kernels`, from the repository root ---
+
+
+def in_root(program: str, **env: str) -> str:
+    """Run a program with the repository root first on sys.path, as `python -m pytest` there does."""
+    return run(sys.executable, "-c", program, cwd=REPO, **env)
+
+
+@pytest.fixture
+def without_hugging_face_kernels(tmp_path: Path) -> None:
+    """Skip where the real package is installed: its absence is what is tested."""
+    found = run(sys.executable, "-c", "import importlib.util as u; print(u.find_spec('kernels'))", cwd=tmp_path)
+    if found != "None":
+        pytest.skip("Hugging Face's kernels is installed here")
+
+
+def test_hugging_face_kernels_is_importable_from_the_root(tmp_path: Path) -> None:
+    package = tmp_path / "kernels"
+    package.mkdir()
+    (package / "__init__.py").write_text("from .layer import get_kernel\n__version__ = '0.18.3'\n")
+    (package / "layer.py").write_text("def get_kernel(name):\n    return f'real {name}'\n")
+    metadata = tmp_path / "kernels-0.18.3.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: kernels\nVersion: 0.18.3\n")
+    program = """
+import kernels
+from kernels import get_kernel
+import kernels.layer, importlib.util, importlib.metadata, sys
+print(kernels.__file__)
+print(get_kernel("rms"), kernels.layer.get_kernel is get_kernel, importlib.metadata.version("kernels"))
+print(importlib.util.find_spec("kernels").origin)
+import grpo_fast.kernels
+print(sys.modules["kernels"] is kernels and grpo_fast.kernels is not kernels)
+"""
+    lines = in_root(program, PYTHONPATH=str(tmp_path)).splitlines()
+    real = str(package / "__init__.py")
+    assert lines == [real, "real rms True 0.18.3", real, "True"]
+
+
+@pytest.mark.usefixtures("without_hugging_face_kernels")
+def test_plain_kernels_is_refused() -> None:
+    program = """
+try:
+    import kernels
+except ImportError as error:
+    print(error)
+"""
+    assert "import `grpo_fast.kernels`" in in_root(program)
+
+
+@pytest.mark.usefixtures("without_hugging_face_kernels")
+def test_transformers_imports_in_the_root_without_hugging_face_kernels() -> None:
+    pytest.importorskip("transformers")
+    program = """
+import transformers.modeling_utils
+from transformers.utils import is_kernels_available
+print(is_kernels_available())
+for attempt in ("from kernels import get_kernel", "import kernels.layer"):
+    try:
+        exec(attempt)
+    except ImportError as error:
+        print(type(error).__name__)
+"""
+    assert in_root(program).splitlines() == ["False", "ImportError", "ModuleNotFoundError"]
+
+
+# --- what importing loads ---
+
+HEAVY = "transformers omegaconf matplotlib trl peft datasets accelerate pandas rich reasoning_gym".split()
+
+
+def loaded_by(*modules: str, watched: list[str]) -> list[str]:
+    """Which of `watched` a fresh interpreter has loaded after importing `modules`."""
+    program = f"import sys, {', '.join(modules)}; print(*[name for name in {watched} if name in sys.modules])"
+    return in_root(program).split()
+
+
+def test_the_loss_needs_torch_only() -> None:
+    modules = [f"grpo_fast.{name}" for name in "loss advantages packing head metrics config reference".split()]
+    by_torch = loaded_by("torch", watched=["triton"])
+    assert loaded_by(*modules, watched=["torch", *HEAVY]) == ["torch"]
+    assert loaded_by(*modules, watched=["triton"]) == by_torch
+
+
+def test_the_command_line_starts_without_heavy_imports() -> None:
+    assert loaded_by("grpo_fast.cli", watched=["torch", *HEAVY]) == []
+
+
+def test_version_is_written_once() -> None:
+    assert f'__version__ = "{grpo_fast.__version__}"' in (REPO / "grpo_fast" / "__init__.py").read_text()
+    assert "\nversion =" not in (REPO / "pyproject.toml").read_text().split("[tool.")[0]
+    assert "version=" not in (REPO / "setup.py").read_text()
+    assert f"## {grpo_fast.__version__}" in (REPO / "CHANGELOG.md").read_text().replace("[", "").replace("]", "")

@@ -1,0 +1,174 @@
+"""Sampling: what is recorded is what was sampled, with the probability it was sampled with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grpo_fast.trainer.attention import register
+from grpo_fast.trainer.config import RolloutConfig
+from grpo_fast.trainer.model import Policy
+from grpo_fast.trainer.rollout import HFRollout, _Sampler
+from tests import tiny
+
+PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14], [9, 8, 7, 6]]
+
+
+def policy(kind: str = "llama", **changes) -> Policy:
+    register()
+    words = tiny.tokenizer()
+    return Policy(
+        model=tiny.model(kind, scale=0.3, **changes),
+        tokenizer=words,
+        generation_config=None,
+        eos_token_ids=[words.eos_token_id],
+        device=torch.device("cpu"),
+        attention="sdpa",
+        is_lora=False,
+    )
+
+
+def logits_of(model, prompt: list[int], completion: list[int]) -> torch.Tensor:
+    """`[len(completion), V]` logits that predict the completion's tokens."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([prompt + completion])).logits[0, len(prompt) - 1 : -1].float()
+
+
+@pytest.mark.parametrize("generations", [1, 3])
+@pytest.mark.parametrize("kind", tiny.KINDS)
+def test_logprobs_are_those_of_a_plain_forward(kind, generations):
+    """Through left padding, the shared prefill, sliding windows shorter than the prompt, and the decode attention."""
+    sampled_from = policy(kind)
+    engine = HFRollout(sampled_from, RolloutConfig(max_completion_length=7))
+    completions = engine.generate(PROMPTS, generations, seed=3)
+    assert len(completions) == len(PROMPTS) * generations
+    for number, completion in enumerate(completions):
+        prompt = PROMPTS[number // generations]
+        expected = logits_of(sampled_from.model, prompt, completion.token_ids).log_softmax(-1)
+        expected = expected.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=1e-4, atol=1e-4)
+        assert len(completion.logprobs) == len(completion.token_ids)
+
+
+def test_completions_end_with_their_end_of_text_token():
+    sampled_from = policy(seed=1)
+    with torch.no_grad():  # end-of-text becomes likely
+        sampled_from.model.lm_head.weight[1] *= 0
+        sampled_from.model.lm_head.weight[1] += 0.05
+    completions = HFRollout(sampled_from, RolloutConfig(max_completion_length=8)).generate(PROMPTS, 16, seed=0)
+    ended = [completion for completion in completions if completion.finished]
+    cut = [completion for completion in completions if not completion.finished]
+    assert ended
+    assert cut
+    for completion in ended:
+        assert completion.token_ids[-1] == 1
+        assert 1 not in completion.token_ids[:-1]
+    for completion in cut:
+        assert len(completion.token_ids) == 8
+        assert 1 not in completion.token_ids
+    assert min(len(completion.token_ids) for completion in ended) < 8
+
+
+def test_stop_strings_end_completions():
+    sampled_from = policy()
+    letters = list("abcdefghijklm")
+    engine = HFRollout(sampled_from, RolloutConfig(max_completion_length=12, stop_strings=letters))
+    stopped = 0
+    for completion in engine.generate(PROMPTS, 8, seed=0):
+        text = sampled_from.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        assert not any(letter in text[:-1] for letter in letters)
+        if any(letter in text for letter in letters):
+            assert completion.finished
+            assert 0 not in completion.token_ids  # what generate pads with
+            stopped += 1
+    assert stopped > 4
+
+
+def test_the_seed_decides_and_nothing_else():
+    engine = HFRollout(policy(), RolloutConfig(max_completion_length=6))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    first = engine.generate(PROMPTS, 4, seed=7)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.manual_seed(1)
+    assert engine.generate(PROMPTS, 4, seed=7) == first
+    assert engine.generate(PROMPTS, 4, seed=8) != first
+    assert len({tuple(completion.token_ids) for completion in first[:4]}) > 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 5, 9])
+def test_batches_keep_prompts_and_completions_together(batch_size):
+    """Greedy, so that the batch must not matter."""
+    sampled_from = policy()
+    whole = HFRollout(sampled_from, RolloutConfig(max_completion_length=5), temperature=0)
+    parts = HFRollout(sampled_from, RolloutConfig(max_completion_length=5, batch_size=batch_size), temperature=0)
+    expected = [completion.token_ids for completion in whole.generate(PROMPTS, 4, seed=0)]
+    assert [completion.token_ids for completion in parts.generate(PROMPTS, 4, seed=0)] == expected
+    assert len({tuple(tokens) for tokens in expected}) == len(PROMPTS)
+
+
+def test_temperature_zero_takes_the_likeliest():
+    sampled_from = policy()
+    for number, completion in enumerate(
+        HFRollout(sampled_from, RolloutConfig(max_completion_length=4), temperature=0).generate(PROMPTS, 1, seed=0)
+    ):
+        best = logits_of(sampled_from.model, PROMPTS[number], completion.token_ids).argmax(-1)
+        assert best.tolist() == completion.token_ids
+
+
+@pytest.mark.parametrize(
+    ("options", "warp"),
+    [
+        ({"temperature": 0.5}, lambda logits: logits / 0.5),
+        ({"top_k": 3}, lambda logits: logits.masked_fill(logits < logits.topk(3).values[..., -1:], -torch.inf)),
+        ({"temperature": 2.0, "top_k": 5}, lambda z: (z / 2).masked_fill(z < z.topk(5).values[..., -1:], -torch.inf)),
+    ],
+    ids=["temperature", "top_k", "both"],
+)
+def test_logprobs_are_after_the_warpers(options, warp):
+    sampled_from = policy()
+    engine = HFRollout(sampled_from, RolloutConfig(max_completion_length=5, **options))
+    for number, completion in enumerate(engine.generate(PROMPTS, 2, seed=0)):
+        warped = warp(logits_of(sampled_from.model, PROMPTS[number // 2], completion.token_ids)).log_softmax(-1)
+        expected = warped.gather(1, torch.tensor(completion.token_ids)[:, None])[:, 0]
+        torch.testing.assert_close(torch.tensor(completion.logprobs), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [{"top_p": 0.5}, {"min_p": 0.5}, {"repetition_penalty": 1.5}])
+def test_other_warpers_change_the_distribution(options):
+    sampled_from = policy()
+    plain = HFRollout(sampled_from, RolloutConfig(max_completion_length=5)).generate(PROMPTS, 4, seed=0)
+    warped = HFRollout(sampled_from, RolloutConfig(max_completion_length=5, **options)).generate(PROMPTS, 4, seed=0)
+    assert [c.logprobs for c in warped] != [c.logprobs for c in plain]
+    if "repetition_penalty" not in options:  # fewer tokens share the probability
+        mean = [sum(sum(c.logprobs) for c in cs) / sum(len(c.logprobs) for c in cs) for cs in (plain, warped)]
+        assert mean[1] > mean[0]
+
+
+def test_the_models_own_sampling_advice_does_not_leak_in():
+    sampled_from = policy()
+    expected = HFRollout(sampled_from, RolloutConfig(max_completion_length=5)).generate(PROMPTS, 4, seed=0)
+    # `load_policy` neutralises the config; even one set later by hand changes no draw.
+    sampled_from.model.generation_config.temperature = 0.1
+    sampled_from.model.generation_config.top_k = 1
+    assert HFRollout(sampled_from, RolloutConfig(max_completion_length=5)).generate(PROMPTS, 4, seed=0) == expected
+
+
+def test_training_mode_and_cache_flag_are_put_back():
+    sampled_from = policy()
+    sampled_from.model.train()
+    sampled_from.model.config.use_cache = False
+    HFRollout(sampled_from, RolloutConfig(max_completion_length=2)).generate(PROMPTS, 2, seed=0)
+    assert sampled_from.model.training
+    assert sampled_from.model.config.use_cache is False
+
+
+def test_draws_follow_the_probabilities():
+    probabilities = torch.tensor([0.0, 0.5, 0.125, 0.0, 0.25, 0.125, 0.0])
+    scores = probabilities.log().expand(40_000, -1)
+    sampler = _Sampler(torch.Generator().manual_seed(0))
+    drawn = sampler(torch.zeros(40_000, 1), scores).argmax(1)
+    shares = torch.bincount(drawn, minlength=7) / 40_000
+    assert shares[probabilities == 0].sum() == 0
+    torch.testing.assert_close(shares, probabilities, rtol=0, atol=0.01)  # four standard deviations
+    torch.testing.assert_close(sampler.logprobs[:, 0], probabilities.log()[drawn])

@@ -1,0 +1,168 @@
+"""The gradient of an optimiser step is exact, however it is cut into packs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from grpo_fast.head import hidden_states
+from grpo_fast.loss import LossConfig, policy_loss
+from grpo_fast.trainer.batch import Experience, bounds
+from grpo_fast.trainer.errors import ConfigError
+from grpo_fast.trainer.loop import make_updater
+from grpo_fast.trainer.step import Updater
+from tests import tiny
+from tests.tiny import configured
+
+PROMPTS, COMPLETIONS = (3, 6), (5, 1, 4, 7, 2, 6, 6, 3)  # four a prompt
+
+
+def experience(seed: int = 0) -> Experience:
+    generator = torch.Generator().manual_seed(seed)
+    total = sum(COMPLETIONS)
+
+    def tokens(count: int) -> torch.Tensor:
+        return torch.randint(3, tiny.VOCAB_SIZE, (count,), generator=generator)
+
+    advantages = torch.randn(8, generator=generator)
+    advantages[[1, 4]] = 0.0
+    return Experience(
+        num_generations=4,
+        prompts=tokens(sum(PROMPTS)),
+        prompt_bounds=bounds(PROMPTS),
+        tokens=tokens(total),
+        token_bounds=bounds(COMPLETIONS),
+        sampling_logprobs=-torch.rand(total, generator=generator),
+        advantages=advantages,
+        in_loss=torch.tensor([True, True, True, False, True, True, True, True]),
+        old_logprobs=-4 - torch.rand(total, generator=generator),
+        ref_logprobs=-4 - torch.rand(total, generator=generator),
+    )
+
+
+def expected_gradients(model, data: Experience, loss: LossConfig) -> list[torch.Tensor]:
+    """By autograd, from full logits of one plain forward a completion."""
+    logprobs, entropies = [], []
+    for number in range(8):
+        span, prompt = data.span(number), data.prompt(number)
+        own = data.tokens[span.start : span.stop]
+        states = hidden_states(model, input_ids=torch.cat([prompt, own])[None])[0, prompt.numel() - 1 : -1]
+        scores = (states @ model.lm_head.weight.T / loss.temperature).log_softmax(-1)
+        logprobs.append(scores.gather(1, own[:, None])[:, 0])
+        entropies.append(-(scores.exp() * scores).sum(-1))
+    out = policy_loss(
+        torch.cat(logprobs),
+        data.advantages,
+        entropy=torch.cat(entropies),
+        cu_seqlens=data.token_bounds,
+        loss_mask=data.token_mask(),
+        old_logprobs=data.old_logprobs,
+        ref_logprobs=data.ref_logprobs,
+        sampling_logprobs=data.sampling_logprobs,
+        config=loss,
+    )
+    return list(torch.autograd.grad(out.loss, list(model.parameters())))
+
+
+@pytest.fixture(scope="module")
+def updaters(tmp_path_factory):
+    """One updater a set of options (loading a model takes longer than a step)."""
+    folder = tmp_path_factory.mktemp("updaters")
+
+    def make(**changes) -> Updater:
+        return make_updater(configured(folder, max_grad_norm=0, **changes))
+
+    return make
+
+
+@pytest.mark.parametrize("max_tokens", [8, 20, 1000])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"loss_type": "dapo"},
+        {"loss_type": "grpo"},
+        {"loss_type": "dr_grpo", "max_completion_length": 9},
+        {"loss_type": "luspo", "importance_sampling_level": "sequence"},
+        {"loss_type": "grpo", "beta": 0.3, "epsilon_high": 0.4},
+        {"loss_type": "dapo", "entropy_coef": 0.2},
+        {"loss_type": "dapo", "importance_sampling_mode": "sequence_mask"},
+        {"loss_type": "cispo", "temperature": 0.7},
+        {"loss_type": "gmpo"},
+    ],
+    ids=lambda loss: "-".join(map(str, loss.values())),
+)
+def test_gradients_do_not_depend_on_the_packs(updaters, loss, max_tokens):
+    """Sums over packs, without masked and zero-advantage completions, equal the gradient of the whole batch."""
+    rollout = {"rollout__temperature": loss["temperature"]} if "temperature" in loss else {}
+    updater = updaters(loss=loss, max_tokens_per_microbatch=max_tokens, **rollout)
+    data = experience()
+    if updater._config.loss.beta == 0:
+        data.ref_logprobs = None
+    metrics = updater.gradients(data, range(8))
+    assert (metrics["num_microbatches"] == 1) == (max_tokens == 1000)
+    # What a mean over sequences counts: TRL counts masked ones too.
+    expected = expected_gradients(updater.policy.model, data, updater._config.loss)
+    ours = updater.weights.gradients()
+    assert len(ours) == len(expected)
+    for name, mine, theirs in zip(updater.weights.names, ours, expected, strict=True):
+        assert float((mine - theirs).norm()) <= 2e-5 * float(theirs.norm()) + 1e-9, name
+
+
+def test_zero_advantages_never_reach_the_model(updaters, monkeypatch):
+    seen: list[int] = []
+    forward = hidden_states
+
+    def spy(model, **inputs):
+        seen.append(inputs["input_ids"].numel())
+        return forward(model, **inputs)
+
+    updater, everything = updaters(), updaters(loss__all_token_metrics=True)
+    monkeypatch.setattr("grpo_fast.trainer.batch.hidden_states", spy)
+    data = experience()
+    data.ref_logprobs = None
+    data.advantages[:4] = 0
+    metrics = updater.gradients(data, range(8))
+    live = [number for number in range(8) if data.advantages[number] != 0]
+    assert seen == [PROMPTS[1] + sum(COMPLETIONS[number] - 1 for number in live)]
+    active = sum(COMPLETIONS[number] for number in live) / (sum(COMPLETIONS) - COMPLETIONS[3])
+    assert metrics["active_row_fraction"] == pytest.approx(active)
+    wanted = [gradient.clone() for gradient in updater.weights.gradients()]
+    seen.clear()
+    full = everything.gradients(data, range(8))
+    assert seen == [sum(PROMPTS) + sum(n - 1 for n in COMPLETIONS) - (COMPLETIONS[3] - 1)]
+    assert full["active_row_fraction"] == 1
+    for mine, theirs in zip(everything.weights.gradients(), wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-8)
+    data.advantages[:] = 0
+    seen.clear()
+    assert updater.gradients(data, range(8))["grad_norm"] == 0
+    assert seen == []
+
+
+def test_gradient_checkpointing_changes_nothing(updaters):
+    data = experience()
+    data.ref_logprobs = None
+    plain, checkpointed = updaters(), updaters(model__gradient_checkpointing=True)
+    plain.gradients(data, range(8))
+    checkpointed.gradients(data, range(8))
+    for mine, theirs in zip(checkpointed.weights.gradients(), plain.weights.gradients(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-9)
+
+
+def test_bfloat16_gradients_are_summed_in_float32(updaters):
+    data = experience()
+    data.ref_logprobs = None
+    exact, rounded = updaters(), updaters(model__dtype="bfloat16", max_tokens_per_microbatch=8)
+    exact.gradients(data, range(8))
+    rounded.gradients(data, range(8))
+    for mine, theirs in zip(rounded.weights.gradients(), exact.weights.gradients(), strict=True):
+        assert mine.dtype == torch.float32
+        assert float((mine - theirs).norm()) < 0.05 * float(theirs.norm()) + 1e-6
+    assert all(parameter.grad is None for parameter in rounded.policy.model.parameters())
+
+
+def test_options_of_the_loss_that_cannot_run(updaters):
+    with pytest.raises(ConfigError, match="backend: expected auto"):
+        updaters(backend="fpga")
+    with pytest.raises(ConfigError, match="plan"):
+        updaters(plan="frozen_hat")
