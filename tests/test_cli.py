@@ -157,7 +157,7 @@ def test_train_eval_export(recipe, capsys, tmp_path):
     assert "OUT: expected a folder that does not exist yet" in error
     code, _, error = run(capsys, "export", str(tmp_path / "model"), str(tmp_path / "x"))
     assert code == 2
-    assert "expected auto, a checkpoint or a run" in error
+    assert "run: expected a checkpoint or a run with checkpoints" in error
 
 
 def test_eval_without_held_out_prompts(recipe, capsys):

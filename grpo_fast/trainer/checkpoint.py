@@ -174,8 +174,11 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return weights, state["config"]
 
 
-def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
+def find_checkpoint(resume: str, output_dir: Path, *, argument: str = "resume") -> Path | None:
     """The checkpoint that `resume` names: `auto` is the newest of `output_dir` (None if there is none).
+
+    Args:
+        argument: what the error calls it.
 
     Raises:
         CheckpointError: a path without a checkpoint.
@@ -188,7 +191,8 @@ def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
         return path
     found = checkpoints(path) if path.is_dir() else []
     if not found:
-        raise CheckpointError(f"resume: expected auto, a checkpoint or a run with checkpoints; got {resume}")
+        expected = ("auto, " if argument == "resume" else "") + "a checkpoint or a run with checkpoints"
+        raise CheckpointError(f"{argument}: expected {expected}; got {resume}")
     return found[-1]
 
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from grpo_fast.trainer.checkpoint import find_checkpoint, load_weights
 from grpo_fast.trainer.config import TrainConfig
-from grpo_fast.trainer.errors import CheckpointError
 from grpo_fast.trainer.experience import derive_seed
 from grpo_fast.trainer.model import Policy, load_policy, load_trained, pick_device
+from grpo_fast.trainer.plot import read_metrics
 from grpo_fast.trainer.recipe import config_from_dict
 
 _ENDS = 5  # steps that the summary averages at each end of a run
@@ -26,7 +24,7 @@ def load_saved(path: Path, overrides: Sequence[str] = ()) -> tuple[TrainConfig, 
         CheckpointError: there is no checkpoint.
         ModelError: the model that it was trained from is gone, or another one.
     """
-    checkpoint = find_checkpoint(str(path), path)
+    checkpoint = find_checkpoint(str(path), path, argument="run")
     assert checkpoint is not None
     weights, values = load_weights(checkpoint)
     config = config_from_dict(values, overrides)
@@ -40,21 +38,9 @@ def _with_weights(config: TrainConfig, weights: dict[str, torch.Tensor]) -> Poli
     return policy
 
 
-def read_metrics(output_dir: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics.jsonl.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    file = output_dir / "metrics.jsonl"
-    if not file.is_file():
-        raise CheckpointError(f"expected a run with metrics.jsonl; {output_dir} has none")
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
-
-
 def summary(output_dir: Path, train_seconds: float) -> list[str]:
     """Lines that say how a run went and where things are."""
-    rows = read_metrics(output_dir)
+    rows = read_metrics(output_dir / "metrics.jsonl")
     rewards = [row["reward"] for row in rows if row.get("reward") is not None]
     steps = sum("step_time" in row for row in rows)
     spent = sum(row["step_time"] for row in rows if row.get("step_time"))
