@@ -35,7 +35,7 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-demo
 venv: $(VENV)/.stamp-dev
 
 demo: $(VENV)/.stamp-demo
-	$(BIN)/grpo-fast train recipes/demo.yaml output_dir=$(RUN) $(ARGS)
+	$(BIN)/grpo-fast train recipes/demo.yaml output_dir=$(RUN) overwrite=true $(ARGS)
 
 # One process a core, one thread a process.
 test: venv

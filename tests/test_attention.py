@@ -15,13 +15,15 @@ from grpo_fast.trainer.attention import (
     NAME,
     PackLayout,
     attention_set_to,
-    choose_implementation,
     decode_attention,
+    implementations,
     packed_attention,
     register,
 )
 from grpo_fast.trainer.batch import Experience, bounds, build_microbatches, check_packed_attention
+from grpo_fast.trainer.config import ModelConfig
 from grpo_fast.trainer.errors import ModelError
+from grpo_fast.trainer.model import load_policy
 from tests import tiny
 
 CPU = torch.device("cpu")
@@ -220,7 +222,28 @@ def test_decoding_a_whole_prompt_falls_back_to_transformers():
 
 
 def test_choosing_an_implementation():
-    assert choose_implementation("auto", CPU, torch.bfloat16) == "sdpa"
+    assert implementations("auto", CPU, torch.bfloat16) == ["sdpa"]
     for name in ("flash_attention_2", "varlen"):
         with pytest.raises(ModelError, match=f"{name} needs a GPU"):
-            choose_implementation(name, CPU, torch.bfloat16)
+            implementations(name, CPU, torch.bfloat16)
+
+
+def test_auto_passes_over_what_does_not_work(monkeypatch, tmp_path, caplog):
+    """A kernel that raises and one that is silently wrong; asked for by name, the failure is the user's to see."""
+
+    def broken(q, k, v, layout, options):
+        raise RuntimeError("head size 8 is not supported")
+
+    def wrong(q, k, v, layout, options):
+        return torch.zeros_like(q)
+
+    monkeypatch.setitem(attention._KERNELS, "flash_attention_2", broken)
+    monkeypatch.setitem(attention._KERNELS, "varlen", wrong)
+    order = ["flash_attention_2", "varlen", "sdpa"]
+    monkeypatch.setattr("grpo_fast.trainer.model.implementations", lambda name, *_: order if name == "auto" else [name])
+    folder = str(tiny.save(tmp_path / "model"))
+    assert load_policy(ModelConfig(path=folder, dtype="float32"), CPU).attention == "sdpa"
+    assert "head size 8 is not supported" in caplog.text
+    assert "varlen cannot be used: model: llama gives other states" in caplog.text
+    with pytest.raises(ModelError, match="flash_attention_2 cannot be used: RuntimeError: head size 8"):
+        load_policy(ModelConfig(path=folder, dtype="float32", attn_implementation="flash_attention_2"), CPU)

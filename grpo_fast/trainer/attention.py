@@ -318,8 +318,8 @@ def decode_attention(
 # ---- which implementation -------------------------------------------------------------------------------------------
 
 
-def choose_implementation(requested: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The packed attention to run: the one asked for, or with `auto` the fastest present.
+def implementations(requested: str, device: torch.device, dtype: torch.dtype) -> list[str]:
+    """The packed attentions to try, best first: the one asked for, or with `auto` all that are present.
 
     Raises:
         ModelError: the one asked for cannot run here, with the reason.
@@ -329,11 +329,11 @@ def choose_implementation(requested: str, device: torch.device, dtype: torch.dty
     has_varlen = importlib.util.find_spec("torch.nn.attention.varlen") is not None and _has_flash_kernels(device)
     available = {"flash_attention_2": fused and has_flash, "varlen": fused and has_varlen, "sdpa": True}
     if requested == "auto":
-        return next(name for name, present in available.items() if present)
+        return [name for name, present in available.items() if present]
     if not available[requested]:
         missing = "a GPU and a 16-bit dtype" if not fused else "the flash-attn package" if not has_flash else "sm_80"
         raise ModelError(f"model.attn_implementation: {requested} needs {missing}; set it to sdpa or auto")
-    return requested
+    return [requested]
 
 
 def _has_flash_kernels(device: torch.device) -> bool:

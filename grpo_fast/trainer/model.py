@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import os
 import re
 import shutil
@@ -18,11 +19,12 @@ from torch import Tensor, nn
 
 from grpo_fast.head import Head, head_of
 from grpo_fast.trainer import smollm2
-from grpo_fast.trainer.attention import NAME, attention_set_to, choose_implementation, register
+from grpo_fast.trainer.attention import NAME, attention_set_to, implementations, register
 from grpo_fast.trainer.batch import check_packed_attention
 from grpo_fast.trainer.config import ModelConfig
 from grpo_fast.trainer.errors import ModelError
 
+_log = logging.getLogger(__name__)
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -118,9 +120,8 @@ def load_policy(config: ModelConfig, device: torch.device, *, trainable: bool = 
     model.to(device).eval()
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None):
         model.set_attn_implementation("eager")  # sdpa cannot cap scores
-    attention = choose_implementation(config.attn_implementation, device, getattr(torch, config.dtype))
+    attention = _choose_attention(model, config, device)
     if trainable:
-        check_packed_attention(model, implementation=attention, device=device)
         if config.lora is not None:
             model = _add_lora(model, config)
         if config.gradient_checkpointing:
@@ -199,6 +200,35 @@ def _load(config: ModelConfig) -> tuple[Any, Any]:
             first, hint = "it has code of its own", "; if you trust it, set model.trust_remote_code=true"
         raise ModelError(f"model.path: cannot load {config.path}: {first}{hint}") from error
     return model, tokenizer
+
+
+def _choose_attention(model: Any, config: ModelConfig, device: torch.device) -> str:
+    """The first packed attention that gives the states of plain forwards.
+
+    Raises:
+        ModelError: none does.
+    """
+    problems: list[str] = []
+    for name in implementations(config.attn_implementation, device, getattr(torch, config.dtype)):
+        problem = _attention_problem(model, name, device)
+        if problem is None:
+            for passed_over in problems:
+                _log.warning("%s; %s is used instead", passed_over, name)
+            return name
+        problems.append(f"packed attention {name} cannot be used: {problem}")
+    raise ModelError(problems[-1])
+
+
+def _attention_problem(model: Any, name: str, device: torch.device) -> str | None:
+    """Why a packed attention cannot be used for the model, or None."""
+    try:
+        check_packed_attention(model, implementation=name, device=device)
+    except ModelError as error:
+        return str(error)
+    # Kernels refuse head sizes and architectures, and other versions arguments, with errors of their own.
+    except (RuntimeError, TypeError, ValueError, ImportError) as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+    return None
 
 
 def _resolve(path: str) -> str:

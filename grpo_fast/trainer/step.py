@@ -100,10 +100,12 @@ class Updater:
         self.optimizer.step()
 
     def _flops(self, packs: Sequence[MicroBatch]) -> float:
-        """Floating-point operations of the matrix products of a step: 6 a weight and token (attention not counted)."""
+        """Floating-point operations of the matrix products of a step, attention not counted: 6 a weight and token, or
+        4 where weights are frozen."""
+        factor = 4.0 if self.policy.is_lora else 6.0
         head = self.policy.head().weight.numel()
         body = self.policy.num_parameters - head
-        return sum(6.0 * (body * pack.input_ids.numel() + head * pack.num_rows) for pack in packs)
+        return sum(factor * (body * pack.input_ids.numel() + head * pack.num_rows) for pack in packs)
 
     def _packs(self, experience: Experience, completions: Sequence[int]) -> list[MicroBatch]:
         """Micro-batches of the completions that can have a gradient."""
