@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -39,3 +40,20 @@ def test_links_lead_somewhere() -> None:
     assert len(links) >= 5
     missing = [link for link in links if "://" not in link and not (REPO / link).exists()]
     assert not missing
+
+
+def test_numbers_are_those_of_the_raw_files() -> None:
+    results = REPO / "benchmarks" / "results" / "cpu-epyc-avx512bf16-2core"
+    text = " ".join(README.read_text().split())
+    rows = [json.loads(line) for line in (results / "demo" / "metrics.jsonl").read_text().splitlines()]
+    steps = [row for row in rows if "step_time" in row]
+    rewards = [row["reward"] for row in steps]
+    held_out = [row["eval/pass@1"] for row in rows if "eval/pass@1" in row]
+    assert f"the {len(steps)} steps took {sum(row['step_time'] for row in steps):.0f} s" in text
+    assert f"mean reward {sum(rewards[:5]) / 5:.3f} over the first five" in text
+    assert f"{sum(rewards[-5:]) / 5:.3f} over the last five" in text
+    assert f"held-out accuracy {held_out[0]:.3f} before, {held_out[-1]:.3f} after" in text
+    ratios = [b["extra_info"]["ratio"] for b in json.loads((results / "compaction.json").read_text())["benchmarks"]]
+    assert f"cost {ratios[0]:.2f} of the dense step" in text
+    assert f"and {ratios[1]:.2f} at T = 512" in text
+    assert max(ratios) <= 0.62
