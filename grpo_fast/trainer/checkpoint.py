@@ -174,11 +174,8 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return weights, state["config"]
 
 
-def find_checkpoint(resume: str, output_dir: Path, *, argument: str = "resume") -> Path | None:
+def find_checkpoint(resume: str, output_dir: Path) -> Path | None:
     """The checkpoint that `resume` names: `auto` is the newest of `output_dir` (None if there is none).
-
-    Args:
-        argument: what the error calls it.
 
     Raises:
         CheckpointError: a path without a checkpoint.
@@ -186,14 +183,18 @@ def find_checkpoint(resume: str, output_dir: Path, *, argument: str = "resume") 
     if resume == "auto":
         found = checkpoints(output_dir)
         return found[-1] if found else None
-    path = Path(resume).expanduser()
+    checkpoint = checkpoint_at(Path(resume).expanduser())
+    if checkpoint is None:
+        raise CheckpointError(f"resume: expected auto, a checkpoint or a run with checkpoints; got {resume}")
+    return checkpoint
+
+
+def checkpoint_at(path: Path) -> Path | None:
+    """`path` if it is a checkpoint, the newest one of the run that it is, or None."""
     if _is_whole(path):
         return path
     found = checkpoints(path) if path.is_dir() else []
-    if not found:
-        expected = ("auto, " if argument == "resume" else "") + "a checkpoint or a run with checkpoints"
-        raise CheckpointError(f"{argument}: expected {expected}; got {resume}")
-    return found[-1]
+    return found[-1] if found else None
 
 
 def remove_later(output_dir: Path, step: int) -> None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from grpo_fast.trainer.checkpoint import find_checkpoint, load_weights
+from grpo_fast.trainer.checkpoint import checkpoint_at, load_weights
 from grpo_fast.trainer.config import TrainConfig
-from grpo_fast.trainer.experience import derive_seed
+from grpo_fast.trainer.errors import CheckpointError
 from grpo_fast.trainer.model import Policy, load_policy, load_trained, pick_device
 from grpo_fast.trainer.plot import read_metrics
 from grpo_fast.trainer.recipe import config_from_dict
@@ -24,18 +22,14 @@ def load_saved(path: Path, overrides: Sequence[str] = ()) -> tuple[TrainConfig, 
         CheckpointError: there is no checkpoint.
         ModelError: the model that it was trained from is gone, or another one.
     """
-    checkpoint = find_checkpoint(str(path), path, argument="run")
-    assert checkpoint is not None
+    checkpoint = checkpoint_at(path)
+    if checkpoint is None:
+        raise CheckpointError(f"run: expected a checkpoint or a run with checkpoints; got {path}")
     weights, values = load_weights(checkpoint)
     config = config_from_dict(values, overrides)
-    return config, _with_weights(config, weights)
-
-
-def _with_weights(config: TrainConfig, weights: dict[str, torch.Tensor]) -> Policy:
-    torch.manual_seed(derive_seed(config.seed, "model"))
     policy = load_policy(config.model, pick_device(config.device))
     load_trained(policy, weights)
-    return policy
+    return config, policy
 
 
 def summary(output_dir: Path, train_seconds: float) -> list[str]:
