@@ -1,6 +1,7 @@
 # make demo    train SmolLM2-135M to add, on this machine's CPU or GPU
 # make test    the whole test suite
 # make lint    ruff and mypy
+# make bench   this library against its competitors, ten minutes on two cores; OUT=dir for the JSON and the report
 # PYTHON=python3.12 picks the interpreter that .venv is made with.
 
 PYTHON ?= python3
@@ -8,15 +9,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 RUN := runs/demo
+OUT ?= runs/bench
 PYTEST_ARGS ?=
 
-.PHONY: help venv demo test lint format clean
+.PHONY: help venv demo test bench lint format clean
 
 help:
 	@sed -n 's/^# \(make\|PYTHON\)/\1/p' Makefile
 
 # Stamps: an environment is installed again when what it is made from changes.
-INPUTS := pyproject.toml setup.py constraints.txt
+INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "grpo-fast needs Python >= 3.10, this is " + sys.version)'
@@ -32,6 +34,12 @@ $(VENV)/.stamp-dev: $(VENV)/.stamp-demo
 	$(PIP) install -q -c constraints.txt -e '.[train,demo,dev]'
 	@touch $@
 
+$(VENV)/.stamp-bench: $(VENV)/.stamp-dev
+	$(PIP) install -q -c constraints.txt -e '.[train,demo,dev,bench]'
+	@# --no-deps: one file of it is used, which needs torch only; its dependencies contradict ours.
+	$(PIP) install -q --no-deps verl==0.9.1
+	@touch $@
+
 venv: $(VENV)/.stamp-dev
 
 demo: $(VENV)/.stamp-demo
@@ -40,6 +48,12 @@ demo: $(VENV)/.stamp-demo
 # One process a core, one thread a process.
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical $(PYTEST_ARGS)
+
+# All threads, and nothing else on the machine. More: pytest benchmarks/test_loss.py, benchmarks/test_growth.py.
+bench: $(VENV)/.stamp-bench
+	mkdir -p $(OUT)
+	$(BIN)/python -m pytest benchmarks/test_loss.py -m quick -s --benchmark-quiet --benchmark-json=$(OUT)/bench.json $(PYTEST_ARGS)
+	$(BIN)/python benchmarks/report.py $(OUT)/bench.json --out $(OUT)
 
 lint: venv
 	$(BIN)/ruff check .

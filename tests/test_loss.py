@@ -25,7 +25,7 @@ from tests.cases import (
 )
 
 WORKSPACE = 24 * 2**20
-BACKENDS = ("torch",)
+BACKENDS = ("cpu", "torch")
 
 
 def head_options(case: Case) -> dict[str, Any]:

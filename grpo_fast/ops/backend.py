@@ -68,9 +68,13 @@ class Backend(ABC):
     def scratch_bytes(self, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
         """Temporary memory of the row functions and GEMMs, besides the chunk of logits itself."""
 
-    def preferred_tile_rows(self, device: torch.device) -> int:
+    def preferred_tile_rows(self, dtype: torch.dtype, device: torch.device) -> int:
         """Rows of one logits GEMM, before the workspace cap: a power of two."""
         return 1024 if device.type == "cuda" else 128
+
+    def new_buffer(self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """Uninitialised memory on the device of `like` for what has a row or column for every vocabulary entry."""
+        return like.new_empty(shape, dtype=dtype)
 
     # -- GEMMs -------------------------------------------------------------------------------------------------------
 
@@ -83,8 +87,11 @@ class Backend(ABC):
         """out `[R, H]` float32 += dx `[R, V]` @ weight `[V, H]`."""
 
     @abstractmethod
-    def grad_weight(self, dx: Tensor, hidden: Tensor, out: Tensor, *, accumulate: bool) -> None:
-        """out `[V, H]` (+)= dx `[R, V]`^T @ hidden `[R, H]`; float32 `out` if accumulating, else any dtype."""
+    def grad_weight(self, dx: Tensor, hidden: Tensor, out: Tensor, base: Tensor | None) -> None:
+        """out `[V, H]` = base + dx `[R, V]`^T @ hidden `[R, H]`, rounded once to the dtype of `out`.
+
+        `base` `[V, H]` is float32 and may be overwritten; None stands for zero. It is often `out` itself.
+        """
 
     # -- row functions -----------------------------------------------------------------------------------------------
 
@@ -176,6 +183,7 @@ def objective_derivative(
 
 # name: (module, class), in the order in which "auto" prefers them. Modules load when first asked for.
 _FACTORIES: dict[str, tuple[str, str]] = {
+    "cpu": ("grpo_fast.ops.cpu_backend", "CpuBackend"),
     "torch": ("grpo_fast.ops.torch_backend", "TorchBackend"),
 }
 _announced: set[tuple[str, str]] = set()

@@ -265,8 +265,9 @@ class FusedObjective(torch.autograd.Function):
     def backward(ctx, grad_loss, _grad_logprobs, _grad_entropy):  # type: ignore[no-untyped-def,override]
         if ctx.has_main_grad:
             _require_unit_gradient(grad_loss)
+        unit = _is_known_unit(grad_loss)
         grads = [
-            None if grad.numel() == 0 and not wanted else (grad * grad_loss).to(dtype)
+            None if grad.numel() == 0 and not wanted else (grad if unit else grad * grad_loss).to(dtype)
             for grad, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
         ]
         if ctx.has_main_grad:
@@ -280,6 +281,11 @@ def _cast_gradients(grads, inputs):  # type: ignore[no-untyped-def]
         None if tensor is None or grad.shape != tensor.shape else grad.to(tensor.dtype)
         for grad, tensor in zip(grads, inputs, strict=True)
     ]
+
+
+def _is_known_unit(grad_loss: Tensor) -> bool:
+    """Whether the gradient is 1, as it mostly is, where looking is free: then no `[V, H]` tensor need be scaled."""
+    return not torch.compiler.is_compiling() and grad_loss.device.type == "cpu" and grad_loss.item() == 1
 
 
 def _require_unit_gradient(grad_loss: Tensor) -> None:

@@ -38,7 +38,7 @@ def lean_backward_pass(
     )
     grad_bias = call.weight.new_zeros(vocab, dtype=call.grad_dtype) if want.bias else None
     step = min(block_columns(call), vocab)
-    buffer = hidden.new_empty(n * step, dtype=call.accumulator)
+    buffer = call.backend.new_buffer(hidden, (n * step,), call.accumulator)
     for start in range(0, vocab, step) if n else ():
         stop = min(start + step, vocab)
         weight, columns = call.weight[start:stop], transform.vocab_block(start, stop)
@@ -65,10 +65,10 @@ def _grad_weight_block(
 ) -> None:
     """out (+)= dx^T hidden / scale."""
     if hidden.dtype != torch.float16:
-        call.backend.grad_weight(dx, hidden, out, accumulate=accumulate)
+        call.backend.grad_weight(dx, hidden, out, out if accumulate else None)
         return
-    wide = out.new_zeros(out.shape, dtype=call.accumulator)
-    call.backend.grad_weight(dx, hidden, wide, accumulate=True)
+    wide = out.new_empty(out.shape, dtype=call.accumulator)
+    call.backend.grad_weight(dx, hidden, wide, None)
     wide.div_(scale)
     if accumulate:
         out.add_(wide)

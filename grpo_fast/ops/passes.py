@@ -150,7 +150,7 @@ class Workspace:
     def __init__(self, call: HeadCall, largest_chunk: int) -> None:
         tile = call.budget.tile_rows
         rows = -(-largest_chunk // tile) * tile
-        self.buffer = call.hidden.new_empty((rows, call.weight.shape[0]), dtype=call.accumulator)
+        self.buffer = call.backend.new_buffer(call.hidden, (rows, call.weight.shape[0]), call.accumulator)
 
     def chunk(self, call: HeadCall, start: int, stop: int) -> Chunk:
         """Gather computed rows `start:stop` and multiply them into the buffer."""
@@ -171,7 +171,7 @@ class Workspace:
 
 
 class GradientSink:
-    """Where chunks' dx go: the backward GEMMs, float32 accumulators, one cast at the end."""
+    """Where chunks' dx go: the backward GEMMs, a float32 sum over chunks, one rounding at the end."""
 
     def __init__(
         self,
@@ -182,31 +182,21 @@ class GradientSink:
     ) -> None:
         self.call = call
         self.scale = scale
-        self.scaled = call.hidden.dtype == torch.float16
-        vocab, width = call.weight.shape
-        main_grad = want.main_grad
-        # A single chunk's dWeight needs no accumulator: the GEMM rounds once by itself.
-        self.accumulates = num_chunks != 1 or main_grad is not None or self.scaled
-        self.main_grad = main_grad
+        self.chunks_left = num_chunks
         self.hidden = call.hidden.new_zeros(call.hidden.shape, dtype=call.grad_dtype) if want.hidden else None
-        self.weight: Tensor | None = None
-        if want.weight and main_grad is not None and not self.scaled:
-            self.weight = main_grad
-        elif want.weight and self.accumulates:
-            self.weight = call.weight.new_zeros((vocab, width), dtype=call.accumulator)
-        elif want.weight:
-            self.weight = call.weight.new_empty((vocab, width))
-        self.bias = call.weight.new_zeros(vocab, dtype=call.accumulator) if want.bias else None
+        self.weight = _WeightGradient(call, want.main_grad) if want.weight else None
+        self.bias = call.weight.new_zeros(call.weight.shape[0], dtype=call.accumulator) if want.bias else None
 
     def add(self, chunk: Chunk, dx: Tensor, live: Tensor) -> None:
         """Take in dx `[n, V]` of a chunk; rows that are not `live` `[n]` are zero."""
         call, index, hidden = self.call, chunk.index, chunk.hidden[: chunk.n]
+        self.chunks_left -= 1
         if dx.device.type == "cpu":  # counting the rows would make a GPU wait
             index, hidden, dx = _without_idle_rows(index, hidden, dx, live)
         if self.bias is not None:
             self.bias += dx.sum(0, dtype=call.accumulator)
         if self.weight is not None:
-            call.backend.grad_weight(dx, hidden, self.weight, accumulate=self.accumulates)
+            self.weight.add(dx, hidden, last=self.chunks_left == 0)
         if self.hidden is not None:
             rows = call.hidden.new_zeros(hidden.shape, dtype=call.accumulator)
             call.backend.grad_hidden(dx, call.weight, rows)
@@ -214,16 +204,40 @@ class GradientSink:
 
     def finish(self) -> Gradients:
         """The gradients in the inputs' dtypes; the weight's is None if `main_grad` took it."""
-        weight, bias, dtype = self.weight, self.bias, self.call.grad_dtype
-        if bias is not None:
-            bias = bias.div_(self.scale).to(dtype)
-        if weight is not None and self.scaled:
-            weight.div_(self.scale)
-        if weight is not None and self.main_grad is not None:
-            if weight is not self.main_grad:
-                self.main_grad.add_(weight)
-            weight = None
-        return Gradients(self.hidden, None if weight is None else weight.to(dtype), bias)
+        bias = None if self.bias is None else self.bias.div_(self.scale).to(self.call.grad_dtype)
+        weight = None if self.weight is None else self.weight.finish(self.scale)
+        return Gradients(self.hidden, weight, bias)
+
+
+class _WeightGradient:
+    """The weight's gradient `[V, H]`, chunk by chunk: a float32 sum, which the last chunk's product rounds.
+
+    float16's is scaled, so that it stays float32 until the scale is taken out. `main_grad` takes the sum by addition.
+    """
+
+    def __init__(self, call: HeadCall, main_grad: Tensor | None) -> None:
+        self.call, self.main_grad = call, main_grad
+        self.scaled = call.hidden.dtype == torch.float16
+        self.sum = None if self.scaled else main_grad
+        self.result: Tensor | None = None
+
+    def add(self, dx: Tensor, hidden: Tensor, *, last: bool) -> None:
+        call, base = self.call, self.sum
+        shape = tuple(call.weight.shape)
+        if last and self.main_grad is None:
+            out = self.result = call.backend.new_buffer(dx, shape, call.grad_dtype)
+        else:
+            out = self.sum = call.backend.new_buffer(dx, shape, call.accumulator) if base is None else base
+        call.backend.grad_weight(dx, hidden, out, base)
+
+    def finish(self, scale: float | Tensor) -> Tensor | None:
+        if self.main_grad is not None:
+            if self.scaled and self.sum is not None:
+                self.main_grad.add_(self.sum.div_(scale))
+            return None
+        if self.result is None:  # no rows at all
+            return self.call.weight.new_zeros(self.call.weight.shape, dtype=self.call.grad_dtype)
+        return self.result.div_(scale) if self.scaled else self.result
 
 
 def _without_idle_rows(

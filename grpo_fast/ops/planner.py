@@ -70,7 +70,7 @@ def row_budget(
             f"workspace_bytes: expected at least {scratch + MIN_TILE_ROWS * row_bytes} for a vocabulary of {vocab} "
             f"and backend {backend!r}; got {workspace_bytes}"
         )
-    tile_rows = engine.preferred_tile_rows(device)
+    tile_rows = engine.preferred_tile_rows(dtype, device)
     while tile_rows > max(rows // 2, MIN_TILE_ROWS):  # two tiles at least: whole tiles leave little room unused
         tile_rows //= 2
     return RowBudget(tile_rows, rows // tile_rows * tile_rows)

@@ -51,7 +51,11 @@ class TorchBackend(Backend):
 
     def scratch_bytes(self, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
         row_blocks = 4 * max(MIN_ROW_BLOCK * vocab, ROW_BLOCK_ELEMENTS) * max(4, dtype.itemsize)
-        return row_blocks + (2 * UPCAST_BYTES if _upcasts(dtype, device) else 0)
+        return row_blocks + self.gemm_scratch_bytes(dtype, device)
+
+    def gemm_scratch_bytes(self, dtype: torch.dtype, device: torch.device) -> int:
+        """Temporary memory of the GEMMs alone."""
+        return 2 * UPCAST_BYTES if _upcasts(dtype, device) else 0
 
     # -- GEMMs -------------------------------------------------------------------------------------------------------
 
@@ -83,22 +87,25 @@ class TorchBackend(Backend):
                 for start, stop, block in _upcast_blocks(weight):
                     out.addmm_(dx[:, start:stop], block)
 
-    def grad_weight(self, dx: Tensor, hidden: Tensor, out: Tensor, *, accumulate: bool) -> None:
+    def grad_weight(self, dx: Tensor, hidden: Tensor, out: Tensor, base: Tensor | None) -> None:
+        wide = out if base is None else base
         if _upcasts(hidden.dtype, hidden.device):
             wide_hidden = hidden.float()
             with _exact_half_products(hidden.dtype):
-                for start, stop in _vocab_blocks(out):
+                for start, stop in _vocab_blocks(wide):
                     columns = dx[:, start:stop].t()
-                    if accumulate:
-                        out[start:stop].addmm_(columns, wide_hidden)
-                    else:
+                    if base is None:
                         out[start:stop].copy_(columns @ wide_hidden)
-        elif not accumulate:
+                    else:
+                        base[start:stop].addmm_(columns, wide_hidden)
+        elif base is None:
             torch.mm(dx.t(), hidden, out=out)
         elif _is_half(hidden):
-            torch.ops.aten.addmm.dtype_out(out, dx.t(), hidden, torch.float32, out=out)
+            torch.ops.aten.addmm.dtype_out(base, dx.t(), hidden, torch.float32, out=base)
         else:
-            out.addmm_(dx.t(), hidden)
+            base.addmm_(dx.t(), hidden)
+        if wide is not out:
+            out.copy_(wide)
 
     # -- row functions -----------------------------------------------------------------------------------------------
 

@@ -97,11 +97,23 @@ class MasterWeights:
         assert master.grad is not None
         assert parameter.grad is not None
         if id(parameter) in self._written:
-            master.grad.add_(parameter.grad)
+            _add_widened(master.grad, parameter.grad)
         else:
             master.grad.copy_(parameter.grad)
             self._written.add(id(parameter))
         parameter.grad = None
+
+
+def _add_widened(total: Tensor, part: Tensor) -> None:
+    """total float32 += part. A CPU first widens `part` into a temporary: by pieces none is as large as a gradient."""
+    if total.device.type != "cpu" or total.numel() <= _PIECE:
+        total.add_(part)
+        return
+    for whole, piece in zip(total.flatten().split(_PIECE), part.flatten().split(_PIECE), strict=True):
+        whole.add_(piece)
+
+
+_PIECE = 2**18
 
 
 class Optimizer:

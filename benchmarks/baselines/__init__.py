@@ -1,0 +1,162 @@
+"""Who is measured: this library and its competitors (`CONTENDERS`), and where each of them can take part.
+
+To add one, write a function in `implementations.py` and a row of `CONTENDERS`. A competitor that is not installed is
+listed with the reason.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+
+from benchmarks.baselines import implementations
+from benchmarks.baselines.implementations import VERL_TORCH, Outcome
+from benchmarks.cases import Batch, Case
+from grpo_fast.ops.backend import resolve_backend
+
+__all__ = ["CONTENDERS", "Contender", "Outcome"]
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One implementation.
+
+    Attributes:
+        run: does a scenario's work on a batch.
+        logit_bytes: bytes per logit of the `[T, V]` tensors alive at its peak; 0 where it works by blocks of logits.
+        block: (rows, columns, bytes a logit) of such a block.
+        module: what must import, and `package` the distribution that it comes from.
+        padded: takes `[S, L]` batches.
+        entropy, softcap: whether it offers entropies and soft-capped logits.
+        compiles: calls torch.compile, so its first run says nothing about the others.
+        devices: where it runs.
+    """
+
+    name: str
+    run: Callable[[Batch], Outcome]
+    logit_bytes: float = 0.0
+    block: tuple[int, int, int] = (0, 0, 0)
+    module: str = "torch"
+    package: str = "torch"
+    padded: bool = False
+    entropy: bool = True
+    softcap: bool = True
+    compiles: bool = False
+    devices: tuple[str, ...] = ("cpu", "cuda")
+
+    def why_missing(self) -> str | None:
+        """Why it cannot be imported, or None."""
+        return _why_not_importable(self.module)
+
+    def why_not_offered(self, case: Case, device: str) -> str | None:
+        """Why it does not do this case on this device, or None."""
+        if device not in self.devices:
+            return f"runs on {' and '.join(self.devices)} only"
+        if not self.entropy and (not case.scenario.gradient or case.scenario.config.entropy_coef != 0):
+            return "has no entropy"
+        if not self.softcap and case.model.softcap is not None:
+            return "has no soft cap"
+        if self.name == "grpo-fast torch" and resolve_backend("auto", torch.device(device)) == "torch":
+            return "the same as grpo-fast: torch is the fastest backend present"
+        return None
+
+    def peak_bytes(self, case: Case) -> int:
+        """A generous estimate of its memory beyond the inputs, for cases that might not fit."""
+        rows = case.padded_tokens if self.padded else case.tokens
+        block = min(self.block[0], rows) * min(self.block[1], case.model.vocab) * self.block[2]
+        head = case.model.vocab * case.model.hidden
+        return int(rows * case.model.vocab * self.logit_bytes) + block + 10 * head + 2**29
+
+    def version(self) -> str | None:
+        """The installed version of its package."""
+        try:
+            return importlib.metadata.version(self.package)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+
+@cache
+def _why_not_importable(module: str) -> str | None:
+    try:
+        implementations.load_verl_torch() if module == VERL_TORCH else importlib.import_module(module)
+    except Exception as error:  # a competitor's import may fail in any way; the reason is shown in the table
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+# -- the table --------------------------------------------------------------------------------------------------------
+
+_TRL: dict[str, Any] = {"module": "trl.trainer.utils", "package": "trl", "padded": True}
+_LIGER: dict[str, Any] = {"package": "liger-kernel", "padded": True, "entropy": False, "softcap": False}
+_LIGER_FUSED: dict[str, Any] = {**_LIGER, "module": "liger_kernel.chunked_loss", "block": (2048, 4096, 24)}
+_CE: dict[str, Any] = {"entropy": False, "softcap": False}
+
+CONTENDERS = {
+    contender.name: contender
+    for contender in (
+        Contender("grpo-fast", lambda b: implementations.own(b, "auto"), package="grpo-fast", module="grpo_fast"),
+        Contender(
+            "grpo-fast torch", lambda b: implementations.own(b, "torch"), package="grpo-fast", module="grpo_fast"
+        ),
+        Contender("plain log-softmax", implementations.plain, logit_bytes=14),
+        Contender("TRL eager", lambda b: implementations.trl_eager(b, float32=True), logit_bytes=20, **_TRL),
+        Contender("TRL eager bf16", lambda b: implementations.trl_eager(b, float32=False), logit_bytes=11, **_TRL),
+        Contender("TRL chunked", implementations.trl_chunked, block=(4096, 32768, 32), **_TRL),
+        Contender("Liger fused", lambda b: implementations.liger_fused(b, whole=False), **_LIGER_FUSED),
+        Contender("Liger fused (one chunk)", lambda b: implementations.liger_fused(b, whole=True), **_LIGER_FUSED),
+        Contender(
+            "Liger Triton",
+            implementations.liger_triton,
+            logit_bytes=6,
+            module="liger_kernel.transformers.grpo_loss",
+            devices=("cuda",),
+            **_LIGER,
+        ),
+        Contender(
+            "torch linear_cross_entropy",
+            implementations.torch_lce,
+            module="torch.nn.modules.linear_cross_entropy",
+            **_CE,
+        ),
+        Contender(
+            "cut-cross-entropy",
+            implementations.cut_cross_entropy,
+            logit_bytes=6,
+            module="cut_cross_entropy",
+            package="cut-cross-entropy",
+            entropy=False,
+            compiles=True,
+        ),
+        Contender(
+            "QuACK",
+            implementations.quack,
+            logit_bytes=6,
+            module="quack.linear_cross_entropy",
+            package="quack-kernels",
+            devices=("cuda",),
+            **_CE,
+        ),
+        Contender(
+            "verl torch",
+            implementations.verl_torch,
+            block=(512, 2**20, 24),
+            module=VERL_TORCH,
+            package="verl",
+            softcap=False,
+        ),
+        Contender(
+            "verl Triton",
+            implementations.verl_triton,
+            module="verl.utils.kernel.linear_cross_entropy",
+            package="verl",
+            softcap=False,
+            devices=("cuda",),
+        ),
+    )
+}

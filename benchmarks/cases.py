@@ -1,0 +1,301 @@
+"""What is measured: language-model heads, scenarios, their FLOPs and bytes, and the random tensors of a case.
+
+Legend: T packed tokens, H hidden size, V vocabulary, S sequences (completions), L padded length. To add a shape or a
+scenario, add a row to `MODELS` or `SCENARIOS`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from grpo_fast.config import HeadConfig, LossConfig
+
+GROUP_SIZE = 8
+LOGIT_STD = 2.5
+OLD_DRIFT, REF_DRIFT = 0.05, 0.3  # nats; the clip range of 0.2 is 3.6 standard deviations: hardly a token is clipped
+
+
+@dataclass(frozen=True)
+class Model:
+    """The LM head of a model: `[vocab, hidden]`, logits capped at +-softcap if given."""
+
+    name: str
+    hidden: int
+    vocab: int
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """What a step asks of the head.
+
+    Attributes:
+        active: share of the sequences whose advantage is not 0 (whole groups of 8 as far as they divide).
+        trains_head: the weight needs a gradient (False: LoRA and the like).
+        gradient: forward and backward; False: log-probabilities and entropies only.
+        ragged: sequence lengths differ.
+    """
+
+    name: str
+    title: str
+    config: LossConfig = LossConfig()
+    active: float = 1.0
+    trains_head: bool = True
+    gradient: bool = True
+    ragged: bool = False
+
+    @property
+    def gemms(self) -> tuple[str, ...]:
+        """The matrix products of the cheapest plan, 2 T H V FLOPs each."""
+        if not self.gradient:
+            return ("logits",)
+        return ("logits", "grad_hidden", "grad_weight") if self.trains_head else ("logits", "grad_hidden")
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        Model("SmolLM2-135M", 576, 49152),
+        Model("Qwen3-0.6B", 1024, 151936),
+        Model("Qwen3-4B", 2560, 151936),
+        Model("Llama-3.1-8B", 4096, 128256),
+        Model("Qwen3-8B", 4096, 151936),
+        Model("Gemma-2-2B", 2304, 256000, softcap=30.0),
+    )
+}
+
+# GSPO with the default clip range: its paper's 3e-4 would clip sequences, and what is clipped is not computed.
+SCENARIOS = {
+    scenario.name: scenario
+    for scenario in (
+        Scenario("full", "full step"),
+        Scenario("half", "half of the groups at zero advantage", active=0.5),
+        Scenario("frozen_head", "frozen head", trains_head=False),
+        Scenario("no_grad", "logprob + entropy without gradient", gradient=False),
+        Scenario("gspo", "GSPO", LossConfig(loss_type="grpo", importance_sampling_level="sequence")),
+        Scenario("kl", "KL to a reference", LossConfig(beta=0.04)),
+        Scenario("entropy_bonus", "entropy bonus", LossConfig(entropy_coef=0.01)),
+        Scenario("ragged", "full step, ragged lengths", ragged=True),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A head, a number of tokens and a scenario, in bfloat16."""
+
+    model: Model
+    tokens: int
+    scenario: Scenario
+    sequences: int = 32
+
+    @property
+    def name(self) -> str:
+        return f"{self.model.name}-T{self.tokens}-{self.scenario.name}"
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each sequence: equal, or log-normal (sigma 0.6) for ragged scenarios; they add up to `tokens`."""
+        share = torch.ones(self.sequences)
+        if self.scenario.ragged:
+            share = (0.6 * torch.randn(self.sequences, generator=torch.Generator().manual_seed(7))).exp()
+        bounds = (share.cumsum(0) / share.sum() * (self.tokens - self.sequences)).round().long()
+        bounds = torch.cat([bounds.new_zeros(1), bounds]) + torch.arange(self.sequences + 1)
+        return tuple(bounds.diff().tolist())
+
+    @cached_property
+    def active_sequences(self) -> tuple[bool, ...]:
+        """Which sequences have an advantage: even groups of 8 first, so that active and idle ones alternate."""
+        order = sorted(range(self.sequences), key=lambda s: (s // GROUP_SIZE % 2, s))
+        chosen = set(order[: round(self.scenario.active * self.sequences)])
+        return tuple(s in chosen for s in range(self.sequences))
+
+    @property
+    def active_tokens(self) -> int:
+        """Tokens that a loss needs; without gradient all of them."""
+        return sum(n for n, active in zip(self.lengths, self.active_sequences, strict=True) if active)
+
+    @property
+    def padded_tokens(self) -> int:
+        """S times the longest sequence: what padded layouts compute."""
+        return self.sequences * max(self.lengths)
+
+    @property
+    def gemm_flops(self) -> int:
+        """FLOPs of one matrix product over the active tokens."""
+        return 2 * self.active_tokens * self.model.hidden * self.model.vocab
+
+    @property
+    def flops(self) -> int:
+        """FLOPs of the cheapest plan: 6 T H V, 4 with a frozen head, 2 without gradient."""
+        return self.gemm_flops * len(self.scenario.gemms)
+
+    @property
+    def input_bytes(self) -> int:
+        """hidden and weight, bf16, and six numbers a token and sequence at most."""
+        return 2 * self.model.hidden * (self.tokens + self.model.vocab) + 8 * 6 * self.tokens
+
+    @property
+    def gradient_bytes(self) -> int:
+        """bf16 gradients that a call returns."""
+        rows = self.tokens * self.scenario.gradient
+        rows += self.model.vocab * (self.scenario.gradient and self.scenario.trains_head)
+        return 2 * self.model.hidden * rows
+
+    @property
+    def compulsory_bytes(self) -> int:
+        """Least DRAM traffic: active hidden rows and the weight read once, gradients written once, O(T) scalars."""
+        read = 2 * self.model.hidden * (self.active_tokens + self.model.vocab) + 8 * 4 * self.active_tokens
+        return read + self.gradient_bytes + 4 * 2 * self.active_tokens
+
+
+# -- what is run ------------------------------------------------------------------------------------------------------
+
+# The ten-minute CPU selection: model: scenarios.
+QUICK = {"SmolLM2-135M": tuple(name for name in SCENARIOS if name != "ragged"), "Qwen3-0.6B": ("full",)}
+
+
+def loss_cases(device: str) -> list[Case]:
+    """Every model with every scenario; T = 16384 on a GPU, on a CPU 2048 for SmolLM2 and 1024 for the others."""
+    tokens = dict.fromkeys(MODELS, 16384 if device == "cuda" else 1024)
+    if device == "cpu":
+        tokens["SmolLM2-135M"] = 2048
+    return [Case(model, tokens[model.name], scenario) for model in MODELS.values() for scenario in SCENARIOS.values()]
+
+
+def is_quick(case: Case) -> bool:
+    return case.scenario.name in QUICK.get(case.model.name, ())
+
+
+def growth_cases() -> dict[str, list[Case]]:
+    """Axis: cases. T up to 16384, V up to 256k, the share of sequences with an advantage; SmolLM2's H."""
+    head, step = MODELS["SmolLM2-135M"], SCENARIOS["full"]
+    shares = {
+        share: replace(step, name=f"active{share:g}", title=f"{share:g} of the sequences active", active=share)
+        for share in (1.0, 0.75, 0.5, 0.25, 0.1)
+    }
+    return {
+        "tokens": [Case(head, tokens, step) for tokens in (512, 1024, 2048, 4096, 8192, 16384)],
+        "vocab": [Case(Model(f"V{v}", head.hidden, v), 1024, step) for v in (32768, 65536, 131072, 262144)],
+        "active": [Case(head, 2048, scenario) for scenario in shares.values()],
+    }
+
+
+# -- the tensors of a case --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Batch:
+    """The tensors of a case. hidden and weight are leaves; everything per token has the shape of `targets`.
+
+    Attributes:
+        hidden: `[T, H]`, or `[S, L, H]` in the padded layout, bf16. weight: `[V, H]` bf16.
+        mask: bool, False on padding. sequence_ids: int64, which sequence a token belongs to.
+        advantages: `[S]` float32. logprobs: the true ones to float32 accuracy; old, ref: drifted from them.
+    """
+
+    case: Case
+    hidden: Tensor
+    weight: Tensor
+    targets: Tensor
+    mask: Tensor
+    sequence_ids: Tensor
+    cu_seqlens: Tensor
+    advantages: Tensor
+    logprobs: Tensor
+    old: Tensor
+    ref: Tensor
+
+    @property
+    def config(self) -> LossConfig:
+        return self.case.scenario.config
+
+    @property
+    def head(self) -> HeadConfig:
+        return HeadConfig(softcap=self.case.model.softcap)
+
+    def clear_gradients(self) -> None:
+        self.hidden.grad = self.weight.grad = None
+
+    def padded(self) -> Batch:
+        """The same data as `[S, L, ...]`; the weight is shared, hidden is shared where no padding is needed."""
+        case = self.case
+        shape = (case.sequences, max(case.lengths))
+        positions = torch.arange(shape[1], device=self.mask.device)
+        lengths = self.cu_seqlens.diff()
+        mask = positions < lengths[:, None]
+        index = (self.cu_seqlens[:-1, None] + positions).clamp(max=case.tokens - 1)
+
+        def spread(values: Tensor) -> Tensor:
+            if case.padded_tokens == case.tokens:
+                return values.view(*shape, *values.shape[1:])
+            return torch.where(mask.view(*shape, *[1] * (values.dim() - 1)), values[index], values.new_zeros(()))
+
+        return replace(
+            self,
+            hidden=spread(self.hidden.detach()).requires_grad_(self.hidden.requires_grad),
+            targets=spread(self.targets),
+            mask=mask,
+            sequence_ids=torch.arange(shape[0], device=mask.device)[:, None].expand(shape),
+            logprobs=spread(self.logprobs),
+            old=spread(self.old),
+            ref=spread(self.ref),
+        )
+
+    def packed(self, values: Tensor) -> Tensor:
+        """Per-token values in this batch's layout to `[T, ...]`."""
+        return values if values.shape[0] == self.case.tokens and self.mask.dim() == 1 else values[self.mask]
+
+
+def make_batch(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Batch:
+    """Random inputs: logits of standard deviation 2.5, targets drawn from the model's own distribution.
+
+    Old and reference log-probabilities are the true ones plus normal drift, advantages are normal.
+    """
+    device = torch.device(device)
+    generator = torch.Generator(device=device).manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device=device)
+
+    model, scenario = case.model, case.scenario
+    hidden = (normal(case.tokens, model.hidden) * (LOGIT_STD / model.hidden**0.5)).bfloat16()
+    weight = torch.empty(model.vocab, model.hidden, dtype=torch.bfloat16, device=device)
+    for block in weight.split(16384):
+        block.copy_(normal(*block.shape))
+    targets, logprobs = _sample(hidden, weight, model.softcap, generator)
+    lengths = torch.tensor(case.lengths, device=device)
+    active = torch.tensor(case.active_sequences, device=device)
+    return Batch(
+        case,
+        hidden.requires_grad_(scenario.gradient),
+        weight.requires_grad_(scenario.gradient and scenario.trains_head),
+        targets,
+        torch.ones(case.tokens, dtype=torch.bool, device=device),
+        torch.arange(case.sequences, device=device).repeat_interleave(lengths),
+        torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+        normal(case.sequences) * active,
+        logprobs,
+        (logprobs + OLD_DRIFT * normal(case.tokens)).clamp(max=-1e-4),
+        (logprobs + REF_DRIFT * normal(case.tokens)).clamp(max=-1e-4),
+    )
+
+
+def _sample(hidden: Tensor, weight: Tensor, softcap: float | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """(targets, logprobs) `[T]`: one token a row drawn from softmax(logits), in float32, 128 rows at a time."""
+    columns = weight.float().T
+    targets, logprobs = [], []
+    for rows in hidden.split(128):
+        logits = rows.float() @ columns
+        if softcap is not None:
+            logits = softcap * torch.tanh(logits / softcap)
+        log_p = torch.log_softmax(logits, -1)
+        draws = torch.rand(len(rows), 1, generator=generator, device=hidden.device)
+        chosen = torch.searchsorted(log_p.exp().cumsum(-1), draws).clamp(max=weight.shape[0] - 1)
+        targets.append(chosen.squeeze(-1))
+        logprobs.append(log_p.gather(-1, chosen).squeeze(-1))
+    return torch.cat(targets), torch.cat(logprobs)

@@ -1,0 +1,334 @@
+#include "row_cpu.h"
+
+#include <cmath>
+#include <limits>
+
+#include "vector_math.h"
+
+// One body, three instruction sets: the loops are vectorised after the body is inlined into each.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define GRPO_FAST_X86 1
+#if defined(__clang__)
+#define GRPO_FAST_AVX512 __attribute__((target("arch=x86-64-v4")))
+#else
+#define GRPO_FAST_AVX512 __attribute__((target("arch=x86-64-v4,prefer-vector-width=512")))
+#endif
+#define GRPO_FAST_AVX2 __attribute__((target("arch=x86-64-v3")))
+#endif
+
+namespace grpo_fast {
+namespace {
+
+constexpr int64_t kBlock = 1024;
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+
+// Of one row: what turns raw products into logits.
+struct RowTransform {
+  const float* bias;
+  float logit_scale;
+  float softcap;
+  float temperature;
+};
+
+struct Statistics {
+  float logprob;
+  float entropy;
+  float lse;
+};
+
+GRPO_FAST_LOOP RowTransform transform_of(const Rows& rows, int64_t row) {
+  const float temperature = rows.row_temperature ? rows.row_temperature[row] : rows.temperature;
+  return {rows.bias, rows.logit_scale, rows.softcap, temperature};
+}
+
+// z [n] of raw products, columns `start` on: in `buffer`, or where they stand if there is nothing to do.
+GRPO_FAST_LOOP const float* logits_of(const float* row, const RowTransform& t, int64_t start, int64_t n, float* buffer) {
+  const float* raw = row + start;
+  const bool scaled = t.logit_scale != 1.0f || t.temperature != 1.0f;
+  if (!t.bias && t.softcap == 0.0f && !scaled) return raw;
+  if (t.bias) {
+    const float* bias = t.bias + start;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) buffer[i] = raw[i] + bias[i];
+    raw = buffer;
+  }
+  if (t.softcap != 0.0f) {
+    const float inward = t.logit_scale / t.softcap, outward = t.softcap / t.temperature;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) buffer[i] = outward * tanh_approx(raw[i] * inward);
+  } else if (scaled) {
+    const float factor = t.logit_scale / t.temperature;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) buffer[i] = raw[i] * factor;
+  }
+  return buffer;
+}
+
+GRPO_FAST_LOOP bool has_nan(const float* z, int64_t n) {
+  int found = 0;
+#pragma omp simd reduction(| : found)
+  for (int64_t i = 0; i < n; ++i) found |= z[i] != z[i];
+  return found != 0;
+}
+
+// Reductions by hand, in as many lanes as keep any instruction set busy: compilers vectorise a maximum only where NaN does
+// not count, and a loop that also takes exponentials and sums not at all.
+constexpr int64_t kLanes = 64;
+
+template <typename Fold>
+GRPO_FAST_LOOP float reduce(const float* values, int64_t n, float identity, Fold fold) {
+  alignas(64) float lanes[kLanes];
+  for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = identity;
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+    for (int64_t lane = 0; lane < kLanes; ++lane) lanes[lane] = fold(lanes[lane], values[i + lane]);
+  }
+  for (int64_t lane = 0; i < n; ++i, ++lane) lanes[lane] = fold(lanes[lane], values[i]);
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t lane = 0; lane < width; ++lane) lanes[lane] = fold(lanes[lane], lanes[lane + width]);
+  }
+  return lanes[0];
+}
+
+// Ignores NaN.
+GRPO_FAST_LOOP float largest(const float* values, int64_t n) {
+  return reduce(values, n, -kInfinity, [](float a, float b) __attribute__((always_inline)) { return b > a ? b : a; });
+}
+
+GRPO_FAST_LOOP float total(const float* values, int64_t n) {
+  return reduce(values, n, 0.0f, [](float a, float b) __attribute__((always_inline)) { return a + b; });
+}
+
+// With m the running maximum: sum = sum e^(z - m), moment = sum (z - m) e^(z - m); then
+// lse = m + log sum and entropy = log sum - moment / sum, free of the size of z.
+GRPO_FAST_LOOP Statistics statistics_body(const float* row, const RowTransform& t, int64_t columns, int64_t target) {
+  alignas(64) float buffer[kBlock], weights[kBlock], moments[kBlock];
+  float top = -kInfinity, target_logit = kNaN;
+  double sum = 0.0, moment = 0.0;
+  for (int64_t start = 0; start < columns; start += kBlock) {
+    const int64_t n = columns - start < kBlock ? columns - start : kBlock;
+    const float* z = logits_of(row, t, start, n, buffer);
+    if (target >= start && target < start + n) target_logit = z[target - start];
+    const float block_top = largest(z, n);
+    if (block_top > top) {
+      if (sum != 0.0) {
+        const double shift = static_cast<double>(top) - static_cast<double>(block_top), shrink = std::exp(shift);
+        // A shift that underflows takes its moment along: (-1e5 sum) times 0.
+        moment = shrink == 0.0 ? 0.0 : shrink * (moment + shift * sum);
+        sum *= shrink;
+      }
+      top = block_top;
+    }
+    if (top == -kInfinity) {  // nothing but forbidden tokens so far
+      if (has_nan(z, n)) sum = kNaN;
+      continue;
+    }
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      // An infinite distance has weight 0, and so must their product.
+      const float distance = exp_floor(z[i] - top);
+      weights[i] = exp_within(distance);
+      moments[i] = distance * weights[i];
+    }
+    sum += static_cast<double>(total(weights, n));
+    moment += static_cast<double>(total(moments, n));
+  }
+  const double log_sum = std::log(sum);
+  const float lse = static_cast<float>(static_cast<double>(top) + log_sum);
+  return {target_logit - lse, static_cast<float>(log_sum - moment / sum), lse};
+}
+
+using Narrow __attribute__((may_alias)) = uint16_t;
+
+// A narrow block lies below every logit that is still to be read.
+template <DType dtype>
+GRPO_FAST_LOOP void store_block(const float* values, int64_t start, int64_t n, float* row) {
+  if constexpr (dtype == DType::kFloat32) {
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) row[start + i] = values[i];
+  } else {
+    Narrow* narrow = reinterpret_cast<Narrow*>(row) + start;
+#pragma omp simd
+    for (int64_t i = 0; i < n; ++i) {
+      narrow[i] = dtype == DType::kBFloat16 ? to_bfloat16(values[i]) : to_float16(values[i]);
+    }
+  }
+}
+
+template <DType dtype>
+GRPO_FAST_LOOP void clear_row(float* row, int64_t columns) {
+  std::memset(static_cast<void*>(row), 0, static_cast<size_t>(columns) * (dtype == DType::kFloat32 ? 4 : 2));
+}
+
+template <DType dtype>
+GRPO_FAST_LOOP void gradient_body(float* row, const RowTransform& t, int64_t columns, int64_t target, float lse,
+                                  float entropy, float g, float e) {
+  if (g == 0.0f && e == 0.0f) return clear_row<dtype>(row, columns);
+  const float chain = t.logit_scale / t.temperature;
+  const float g_raw = g * chain, e_raw = e * chain;
+  const float uncap = t.softcap != 0.0f ? t.temperature / t.softcap : 0.0f;
+  alignas(64) float buffer[kBlock], dx[kBlock];
+  for (int64_t start = 0; start < columns; start += kBlock) {
+    const int64_t n = columns - start < kBlock ? columns - start : kBlock;
+    const float* z = logits_of(row, t, start, n, buffer);
+    if (t.softcap != 0.0f) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        const float capped = z[i] * uncap;
+        const float logprob = exp_floor(z[i] - lse);
+        dx[i] = exp_within(logprob) * (-e_raw * (logprob + entropy) - g_raw) * (1.0f - capped * capped);
+      }
+    } else if (e != 0.0f) {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) {
+        const float logprob = exp_floor(z[i] - lse);
+        dx[i] = exp_within(logprob) * (-e_raw * (logprob + entropy) - g_raw);
+      }
+    } else {
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) dx[i] = exp_within(exp_floor(z[i] - lse)) * -g_raw;
+    }
+    const int64_t local = target - start;
+    if (local >= 0 && local < n) {
+      const float capped = z[local] * uncap;
+      dx[local] += g_raw * (1.0f - capped * capped);
+    }
+    store_block<dtype>(dx, start, n, row);
+  }
+}
+
+// -- one instance an instruction set -----------------------------------------------------------------------------------
+
+using StatisticsFn = Statistics (*)(const float*, const RowTransform&, int64_t, int64_t);
+using GradientFn = void (*)(float*, const RowTransform&, int64_t, int64_t, float, float, float, float);
+
+Statistics statistics_baseline(const float* raw, const RowTransform& t, int64_t columns, int64_t target) {
+  return statistics_body(raw, t, columns, target);
+}
+
+template <DType dtype>
+void gradient_baseline(float* row, const RowTransform& t, int64_t columns, int64_t target, float lse, float entropy,
+                       float g, float e) {
+  gradient_body<dtype>(row, t, columns, target, lse, entropy, g, e);
+}
+
+#ifdef GRPO_FAST_X86
+GRPO_FAST_AVX2 Statistics statistics_avx2(const float* raw, const RowTransform& t, int64_t columns, int64_t target) {
+  return statistics_body(raw, t, columns, target);
+}
+
+template <DType dtype>
+GRPO_FAST_AVX2 void gradient_avx2(float* row, const RowTransform& t, int64_t columns, int64_t target, float lse,
+                                  float entropy, float g, float e) {
+  gradient_body<dtype>(row, t, columns, target, lse, entropy, g, e);
+}
+
+GRPO_FAST_AVX512 Statistics statistics_avx512(const float* raw, const RowTransform& t, int64_t columns, int64_t target) {
+  return statistics_body(raw, t, columns, target);
+}
+
+template <DType dtype>
+GRPO_FAST_AVX512 void gradient_avx512(float* row, const RowTransform& t, int64_t columns, int64_t target, float lse,
+                                      float entropy, float g, float e) {
+  gradient_body<dtype>(row, t, columns, target, lse, entropy, g, e);
+}
+#endif
+
+StatisticsFn statistics_for(Isa isa) {
+#ifdef GRPO_FAST_X86
+  if (isa == Isa::kAvx512) return statistics_avx512;
+  if (isa == Isa::kAvx2) return statistics_avx2;
+#endif
+  (void)isa;
+  return statistics_baseline;
+}
+
+template <DType dtype>
+GradientFn gradient_instance(Isa isa) {
+#ifdef GRPO_FAST_X86
+  if (isa == Isa::kAvx512) return gradient_avx512<dtype>;
+  if (isa == Isa::kAvx2) return gradient_avx2<dtype>;
+#endif
+  (void)isa;
+  return gradient_baseline<dtype>;
+}
+
+GradientFn gradient_for(Isa isa, DType dtype) {
+  if (dtype == DType::kBFloat16) return gradient_instance<DType::kBFloat16>(isa);
+  if (dtype == DType::kFloat16) return gradient_instance<DType::kFloat16>(isa);
+  return gradient_instance<DType::kFloat32>(isa);
+}
+
+TokenInputs token_inputs(const RowTokens& tokens, int64_t row, float logprob) {
+  TokenInputs in{};
+  in.logprob = logprob;
+  in.advantage = tokens.advantages[row];
+  in.has_old = tokens.old_logprobs != nullptr;
+  in.has_sampling = tokens.sampling_logprobs != nullptr;
+  in.old_logprob = in.has_old ? tokens.old_logprobs[row] : logprob;
+  in.ref_logprob = tokens.ref_logprobs ? tokens.ref_logprobs[row] : 0.0f;
+  in.sampling_logprob = in.has_sampling ? tokens.sampling_logprobs[row] : 0.0f;
+  in.importance = tokens.importance ? tokens.importance[row] : 1.0f;
+  return in;
+}
+
+}  // namespace
+
+Isa detected_isa() {
+#ifdef GRPO_FAST_X86
+  __builtin_cpu_init();
+  const bool v4 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi") &&
+                  __builtin_cpu_supports("bmi2");
+  if (v4 && v3) return Isa::kAvx512;
+  if (v3) return Isa::kAvx2;
+#endif
+  return Isa::kBaseline;
+}
+
+void row_statistics(const Rows& rows, float* logprobs, float* entropy, float* lse, Launch launch) {
+  const StatisticsFn statistics = statistics_for(launch.isa);
+#pragma omp parallel for num_threads(launch.threads) schedule(static)
+  for (int64_t row = 0; row < rows.num_rows; ++row) {
+    const Statistics found = statistics(rows.logits + row * rows.row_stride, transform_of(rows, row),
+                                        rows.num_columns, rows.targets[row]);
+    logprobs[row] = found.logprob;
+    entropy[row] = found.entropy;
+    lse[row] = found.lse;
+  }
+}
+
+void row_gradient(const Rows& rows, const float* lse, const float* entropy, const float* g, const float* e,
+                  int64_t vocab_start, DType dtype, Launch launch) {
+  const GradientFn gradient = gradient_for(launch.isa, dtype);
+#pragma omp parallel for num_threads(launch.threads) schedule(static)
+  for (int64_t row = 0; row < rows.num_rows; ++row) {
+    gradient(rows.logits + row * rows.row_stride, transform_of(rows, row), rows.num_columns,
+             rows.targets[row] - vocab_start, lse[row], entropy[row], g[row], e ? e[row] : 0.0f);
+  }
+}
+
+void row_objective(const Rows& rows, const ObjectiveConfig& config, const RowTokens& tokens, float entropy_gradient,
+                   float grad_scale, DType dtype, float* logprobs, float* entropy, uint8_t* live, Launch launch) {
+  const StatisticsFn statistics = statistics_for(launch.isa);
+  const GradientFn gradient = gradient_for(launch.isa, dtype);
+  const float e = entropy_gradient * grad_scale;
+#pragma omp parallel for num_threads(launch.threads) schedule(static)
+  for (int64_t row = 0; row < rows.num_rows; ++row) {
+    const RowTransform t = transform_of(rows, row);
+    float* logits = rows.logits + row * rows.row_stride;
+    const Statistics found = statistics(logits, t, rows.num_columns, rows.targets[row]);
+    const TokenObjective token = token_objective(config, token_inputs(tokens, row, found.logprob));
+    const float g = token.d_logprob * tokens.weights[row];
+    logprobs[row] = found.logprob;
+    entropy[row] = found.entropy;
+    live[row] = g != 0.0f || entropy_gradient != 0.0f;
+    gradient(logits, t, rows.num_columns, rows.targets[row], found.lse, found.entropy, g * grad_scale, e);
+  }
+}
+
+}  // namespace grpo_fast

@@ -1,0 +1,467 @@
+// row_cpu.h against plain double loops: every instruction set this machine has, ragged columns, forbidden, lost and
+// huge logits, narrow output over the logits.
+
+#include <algorithm>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <random>
+#include <vector>
+
+#include "../row_cpu.h"
+#include "check.h"
+#include "narrow.h"
+
+namespace {
+
+using grpo_fast::DType;
+using grpo_fast::Isa;
+using grpo_fast::Launch;
+using grpo_fast::Rows;
+using grpo_fast::RowTokens;
+using testing::decoded;
+using testing::isas;
+using testing::rounded;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+constexpr int64_t kGap = 5;        // columns between rows that belong to nobody
+constexpr float kGuard = -123.0f;  // what stands there
+constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+// Around a vector, around the block of 1024 columns, and ragged beyond it.
+constexpr int64_t kWidths[] = {1, 2, 15, 17, 1000, 1024, 1025, 2500, 4096};
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+// -- inputs -----------------------------------------------------------------------------------------------------------
+
+struct Head {
+  const char* name;
+  bool has_bias;
+  float logit_scale, softcap, temperature;
+  bool has_row_temperature;
+};
+
+constexpr Head kHeads[] = {
+    {"plain", false, 1.0f, 0.0f, 1.0f, false},
+    {"temperature", false, 1.0f, 0.0f, 0.7f, false},
+    {"bias, scale, a temperature a row", true, 0.5f, 0.0f, 1.0f, true},
+    {"soft cap, bias, scale", true, 1.5f, 5.0f, 0.8f, false},
+    {"soft cap, a temperature a row", false, 1.0f, 30.0f, 1.0f, true},
+};
+
+struct Chunk {
+  int64_t num, width;
+  Head head;
+  std::vector<float> logits, bias, temperature;
+  std::vector<int64_t> targets;
+  std::vector<float> g, e, advantages, weights, old_logprobs, ref_logprobs, sampling_logprobs;
+
+  Chunk(int64_t num_rows, int64_t num_columns, const Head& with, uint64_t seed)
+      : num(num_rows), width(num_columns), head(with), logits(size_t(num_rows * (num_columns + kGap)), kGuard) {
+    std::mt19937_64 random(seed);
+    std::normal_distribution<float> normal;
+    for (int64_t v = 0; v < width; ++v) bias.push_back(normal(random));
+    for (int64_t t = 0; t < num; ++t) {
+      for (int64_t v = 0; v < width; ++v) at(t, v) = 4.0f * normal(random);
+      targets.push_back(int64_t(random() % uint64_t(width)));
+      temperature.push_back(0.5f + 0.25f * float(t));
+      g.push_back(normal(random));
+      e.push_back(0.3f * normal(random));
+      advantages.push_back(t % 4 == 3 ? 0.0f : normal(random));
+      weights.push_back(0.25f);
+    }
+  }
+
+  // Old, reference and sampling policies as far from the true log-probabilities as policies get.
+  void set_policies(const std::vector<float>& logprobs, uint64_t seed) {
+    std::mt19937_64 random(seed);
+    std::normal_distribution<float> normal(0.0f, 0.3f);
+    for (const float logprob : logprobs) {
+      for (auto* values : {&old_logprobs, &ref_logprobs, &sampling_logprobs})
+        values->push_back(logprob + normal(random));
+    }
+  }
+
+  int64_t stride() const { return width + kGap; }
+  float& at(int64_t t, int64_t v) { return logits[size_t(t * stride() + v)]; }
+  float at(int64_t t, int64_t v) const { return logits[size_t(t * stride() + v)]; }
+
+  Rows rows() {
+    return {logits.data(),
+            num,
+            width,
+            stride(),
+            targets.data(),
+            head.has_bias ? bias.data() : nullptr,
+            head.logit_scale,
+            head.softcap,
+            head.temperature,
+            head.has_row_temperature ? temperature.data() : nullptr};
+  }
+
+  RowTokens tokens() const {
+    return {advantages.data(),   weights.data(),           old_logprobs.data(),
+            ref_logprobs.data(), sampling_logprobs.data(), nullptr};
+  }
+};
+
+// -- oracle -----------------------------------------------------------------------------------------------------------
+
+struct Expected {
+  double logprob, entropy, lse;
+  double resolution;             // what the float32 roundings of a logit and of lse may add up to, nats
+  std::vector<double> z, slope;  // logits, and d logit / d raw
+  double full_slope;             // without the soft cap's share
+};
+
+Expected expected_row(const Chunk& chunk, int64_t t) {
+  Expected out;
+  const double temperature = chunk.head.has_row_temperature ? chunk.temperature[size_t(t)] : chunk.head.temperature;
+  const double scale = chunk.head.logit_scale, cap = chunk.head.softcap;
+  for (int64_t v = 0; v < chunk.width; ++v) {
+    const double x = scale * (double(chunk.at(t, v)) + (chunk.head.has_bias ? double(chunk.bias[size_t(v)]) : 0.0));
+    const double bent = cap == 0 ? x : cap * std::tanh(x / cap);
+    out.z.push_back(bent / temperature);
+    out.slope.push_back(scale / temperature * (cap == 0 ? 1.0 : 1 / std::pow(std::cosh(x / cap), 2)));
+  }
+  out.full_slope = scale / temperature;
+  const double top = *std::max_element(out.z.begin(), out.z.end());
+  double sum = 0, moment = 0;
+  for (const double z : out.z) sum += std::exp(z - top);
+  out.lse = top + std::log(sum);
+  for (const double z : out.z) moment += z == -kInfinity ? 0.0 : std::exp(z - out.lse) * (z - out.lse);
+  out.entropy = -moment;
+  double size = std::max(1.0, std::abs(out.lse));
+  for (const double z : out.z) size = std::max(size, std::isfinite(z) ? std::abs(z) : 0.0);
+  // Bias, factor, product, lse: a rounding each, 2^-24; the soft cap's tanh is good to 4 ulp.
+  out.resolution = size * std::ldexp(cap == 0 ? 5.0 : 10.0, -24);
+  out.logprob = out.z[size_t(chunk.targets[size_t(t)])] - out.lse;
+  return out;
+}
+
+// `size`, if given: the norm of the terms that are added up, which is what float32 can be measured by where they cancel
+// (1 - p of a sure token, 1 - tanh^2 of a capped one).
+std::vector<double> expected_gradient(const Chunk& chunk, int64_t t, double g, double e, double* size = nullptr) {
+  const Expected row = expected_row(chunk, t);
+  std::vector<double> out;
+  double squares = 0;
+  for (size_t v = 0; v < row.z.size(); ++v) {
+    const double log_p = row.z[v] - row.lse, p = std::exp(log_p);
+    const double surprise = p == 0 ? 0.0 : p * (log_p + row.entropy);
+    const bool hit = int64_t(v) == chunk.targets[size_t(t)];
+    out.push_back((g * (hit - p) - e * surprise) * row.slope[v]);
+    squares += std::pow(
+        (std::abs(g) * (hit + p) + std::abs(e) * p * (std::abs(p == 0 ? 0 : log_p) + row.entropy)) * row.full_slope, 2);
+  }
+  if (size != nullptr) *size = std::sqrt(squares);
+  return out;
+}
+
+// -- reading the output back ------------------------------------------------------------------------------------------
+
+double stored(const Chunk& chunk, int64_t t, int64_t v, DType dtype) {
+  if (dtype == DType::kFloat32) return chunk.at(t, v);
+  uint16_t bits;
+  std::memcpy(&bits, reinterpret_cast<const char*>(&chunk.logits[size_t(t * chunk.stride())]) + 2 * v, 2);
+  return decoded(bits, dtype);
+}
+
+void check_guards(const Chunk& chunk) {
+  for (int64_t t = 0; t < chunk.num; ++t) {
+    for (int64_t v = chunk.width; v < chunk.stride(); ++v) {
+      CHECK(chunk.at(t, v) == kGuard, "row %d, %d past its end: %g", int(t), int(v - chunk.width),
+            double(chunk.at(t, v)));
+    }
+  }
+}
+
+// -- comparisons ------------------------------------------------------------------------------------------------------
+
+struct Found {
+  std::vector<float> logprobs, entropy, lse;
+
+  Found(Chunk& chunk, Launch launch) : logprobs(size_t(chunk.num), kGuard), entropy(logprobs), lse(logprobs) {
+    grpo_fast::row_statistics(chunk.rows(), logprobs.data(), entropy.data(), lse.data(), launch);
+  }
+};
+
+void check_statistics(const Chunk& chunk, const Found& found, Isa isa) {
+  for (int64_t t = 0; t < chunk.num; ++t) {
+    const Expected row = expected_row(chunk, t);
+    const auto check = [&](const char* what, double got, double expected, double bound) {
+      CHECK(std::abs(got - expected) <= bound, "%s, V %d, %s, isa %d, row %d: %.9g, expected %.9g", what,
+            int(chunk.width), chunk.head.name, int(isa), int(t), got, expected);
+    };
+    check("lse", found.lse[size_t(t)], row.lse, row.resolution);
+    check("logprob", found.logprobs[size_t(t)], row.logprob, 2 * row.resolution);
+    check("entropy", found.entropy[size_t(t)], row.entropy, 1e-6 + 2 * row.resolution);
+  }
+}
+
+// Relative RMS error of row t's gradient from g and e.
+double gradient_error(const Chunk& after, const Chunk& before, int64_t t, double g, double e, DType dtype) {
+  double size = 0, error = 0;
+  const std::vector<double> expected = expected_gradient(before, t, g, e, &size);
+  for (int64_t v = 0; v < before.width; ++v) error += std::pow(stored(after, t, v, dtype) - expected[size_t(v)], 2);
+  return std::sqrt(error) / size;
+}
+
+// What exp(z - lse) loses to the rounding of z and lse, and what storing loses.
+double gradient_bound(const Chunk& before, int64_t t, DType dtype) {
+  const double narrowing = dtype == DType::kFloat32 ? 0.0 : dtype == DType::kBFloat16 ? 3e-3 : 5e-4;
+  return 5e-7 + 2 * expected_row(before, t).resolution + narrowing;
+}
+
+void for_each_chunk(const std::function<void(Chunk&, Isa)>& body) {
+  uint64_t seed = 0;
+  for (const Isa isa : isas()) {
+    for (const int64_t width : kWidths) {
+      for (const Head& head : kHeads) {
+        Chunk chunk(3, width, head, ++seed);
+        body(chunk, isa);
+      }
+    }
+  }
+}
+
+TEST(statistics_match_double) {
+  for_each_chunk([](Chunk& chunk, Isa isa) {
+    const std::vector<float> before = chunk.logits;
+    check_statistics(chunk, Found(chunk, {1, isa}), isa);
+    CHECK(same_bits(chunk.logits, before), "V %d: the logits changed", int(chunk.width));
+  });
+}
+
+TEST(gradient_matches_double) {
+  for_each_chunk([](Chunk& chunk, Isa isa) {
+    const Found found(chunk, {1, isa});
+    for (const bool bonus : {false, true}) {
+      Chunk wide = chunk;
+      for (const DType dtype : kDTypes) {
+        Chunk after = chunk;
+        grpo_fast::row_gradient(after.rows(), found.lse.data(), found.entropy.data(), chunk.g.data(),
+                                bonus ? chunk.e.data() : nullptr, 0, dtype, {1, isa});
+        check_guards(after);
+        if (dtype == DType::kFloat32) wide = after;
+        for (int64_t t = 0; t < chunk.num; ++t) {
+          // A vocabulary of one has no gradient but rounding; of narrow rows the rounding itself is checked.
+          if (chunk.width > 1 && dtype == DType::kFloat32) {
+            const double e = bonus ? chunk.e[size_t(t)] : 0.0;
+            const double error = gradient_error(after, chunk, t, chunk.g[size_t(t)], e, dtype);
+            CHECK(error <= gradient_bound(chunk, t, dtype), "V %d, %s, isa %d, row %d, bonus %d: error %g",
+                  int(chunk.width), chunk.head.name, int(isa), int(t), int(bonus), error);
+          }
+          for (int64_t v = 0; v < chunk.width; ++v) {
+            const double got = stored(after, t, v, dtype), expected = rounded(wide.at(t, v), dtype);
+            CHECK(got == expected, "dtype %d, V %d, v %d: %.9g, float32 rounded %.9g", int(dtype), int(chunk.width),
+                  int(v), got, expected);
+          }
+        }
+      }
+    }
+  });
+}
+
+TEST(vocabulary_blocks_make_up_the_row) {
+  for (const Isa isa : isas()) {
+    Chunk whole(3, 2500, kHeads[2], 77), part = whole;
+    const Found found(whole, {1, isa});
+    const auto run = [&](const Rows& rows, int64_t start) {
+      grpo_fast::row_gradient(rows, found.lse.data(), found.entropy.data(), whole.g.data(), whole.e.data(), start,
+                              DType::kFloat32, {1, isa});
+    };
+    run(whole.rows(), 0);
+    for (const auto& [start, stop] : {std::pair<int64_t, int64_t>(0, 1100), {1100, 1101}, {1101, 2500}}) {
+      Rows rows = part.rows();
+      rows.logits += start;
+      rows.bias += start;
+      rows.num_columns = stop - start;
+      run(rows, start);
+    }
+    for (size_t i = 0; i < whole.logits.size(); ++i) {
+      CHECK(std::abs(whole.logits[i] - part.logits[i]) <= 1e-6, "isa %d, %zu: %g whole, %g in blocks", int(isa), i,
+            double(whole.logits[i]), double(part.logits[i]));
+    }
+  }
+}
+
+// -- the fused row ----------------------------------------------------------------------------------------------------
+
+grpo_fast::ObjectiveConfig clipped_with_kl() {
+  grpo_fast::ObjectiveConfig config;
+  config.kl = grpo_fast::KlEstimator::kK3;
+  config.beta = 0.1;
+  config.delta = 2.0;
+  return config;
+}
+
+TEST(fused_row_matches_double) {
+  for_each_chunk([](Chunk& chunk, Isa isa) {
+    const grpo_fast::ObjectiveConfig config = clipped_with_kl();
+    const float bonus = chunk.width % 2 == 0 ? 0.01f : 0.0f, scale = 8.0f;
+    const Found found(chunk, {1, isa});
+    chunk.set_policies(found.logprobs, uint64_t(chunk.width));
+    for (const DType dtype : kDTypes) {
+      Chunk after = chunk;
+      std::vector<float> logprobs(size_t(chunk.num)), entropy(size_t(chunk.num));
+      std::vector<uint8_t> live(size_t(chunk.num), 7);
+      grpo_fast::row_objective(after.rows(), config, chunk.tokens(), bonus, scale, dtype, logprobs.data(),
+                               entropy.data(), live.data(), {1, isa});
+      check_guards(after);
+      CHECK(same_bits(logprobs, found.logprobs) && same_bits(entropy, found.entropy), "V %d: other statistics",
+            int(chunk.width));
+      for (int64_t t = 0; t < chunk.num; ++t) {
+        grpo_fast::BasicTokenInputs<double> token;
+        token.logprob = found.logprobs[size_t(t)];  // whose own error is checked above
+        token.old_logprob = chunk.old_logprobs[size_t(t)];
+        token.ref_logprob = chunk.ref_logprobs[size_t(t)];
+        token.sampling_logprob = chunk.sampling_logprobs[size_t(t)];
+        token.advantage = chunk.advantages[size_t(t)];
+        token.has_old = token.has_sampling = true;
+        const double g = grpo_fast::token_objective(config, token).d_logprob * chunk.weights[size_t(t)];
+        CHECK(live[size_t(t)] == 1, "row %d: live %d at g %g", int(t), int(live[size_t(t)]), g);
+        if (chunk.width == 1) continue;
+        const double error = gradient_error(after, chunk, t, g * scale, bonus * scale, dtype);
+        CHECK(error <= 2 * gradient_bound(chunk, t, dtype), "dtype %d, V %d, %s, isa %d, row %d: error %g", int(dtype),
+              int(chunk.width), chunk.head.name, int(isa), int(t), error);
+      }
+    }
+  });
+}
+
+TEST(rows_without_gradient_are_zero_and_say_so) {
+  for (const DType dtype : kDTypes) {
+    Chunk chunk(3, 1100, kHeads[0], 5), before = chunk;
+    chunk.advantages = {0.0f, 1.0f, 0.0f};
+    chunk.set_policies({-7.0f, -8.0f, -9.0f}, 6);
+    grpo_fast::ObjectiveConfig config;
+    config.policy = grpo_fast::PolicyTerm::kReinforce;
+    std::vector<float> logprobs(3), entropy(3);
+    std::vector<uint8_t> live(3, 7);
+    grpo_fast::row_objective(chunk.rows(), config, chunk.tokens(), 0.0f, 1.0f, dtype, logprobs.data(), entropy.data(),
+                             live.data(), {1, grpo_fast::detected_isa()});
+    CHECK(live[0] == 0 && live[1] == 1 && live[2] == 0, "live %d %d %d", live[0], live[1], live[2]);
+    for (int64_t v = 0; v < chunk.width; ++v) {
+      const double first = stored(chunk, 0, v, dtype), last = stored(chunk, 2, v, dtype);
+      CHECK(first == 0 && last == 0, "dtype %d, v %d: %g, %g", int(dtype), int(v), first, last);
+    }
+    CHECK(gradient_error(chunk, before, 1, -0.25, 0, dtype) <= gradient_bound(before, 1, dtype), "dtype %d",
+          int(dtype));
+  }
+}
+
+// -- hard rows --------------------------------------------------------------------------------------------------------
+
+void check_hard_row(const char* name, const std::function<void(Chunk&)>& spoil, double g = 1.0) {
+  for (const Isa isa : isas()) {
+    for (const int64_t width : {int64_t(40), int64_t(1025), int64_t(4096)}) {
+      Chunk chunk(2, width, kHeads[0], 11);
+      chunk.targets = {width / 2, width / 2};
+      spoil(chunk);
+      const Found found(chunk, {1, isa});
+      check_statistics(chunk, found, isa);
+      Chunk after = chunk;
+      const std::vector<float> slopes(2, float(g)), bonus(2, 0.2f);
+      grpo_fast::row_gradient(after.rows(), found.lse.data(), found.entropy.data(), slopes.data(), bonus.data(), 0,
+                              DType::kFloat32, {1, isa});
+      for (int64_t t = 0; t < 2; ++t) {
+        const std::vector<double> expected = expected_gradient(chunk, t, g, 0.2);
+        const double bound = 1e-6 + 2 * expected_row(chunk, t).resolution;
+        for (int64_t v = 0; v < width; ++v) {
+          CHECK(std::abs(after.at(t, v) - expected[size_t(v)]) <= bound,
+                "%s, V %d, isa %d, row %d, v %d: %g, expected %g", name, int(width), int(isa), int(t), int(v),
+                double(after.at(t, v)), expected[size_t(v)]);
+        }
+      }
+    }
+  }
+}
+
+TEST(forbidden_tokens_take_no_part) {
+  check_hard_row("every third token", [](Chunk& chunk) {
+    for (int64_t v = 0; v < chunk.width; v += 3) chunk.at(0, v == chunk.width / 2 ? 0 : v) = -kInfinity;
+  });
+  check_hard_row("all before the target", [](Chunk& chunk) {
+    for (int64_t v = 0; v < chunk.width / 2; ++v) chunk.at(0, v) = -kInfinity;
+  });
+  check_hard_row("all but the target", [](Chunk& chunk) {
+    for (int64_t v = 0; v < chunk.width; ++v) {
+      if (v != chunk.width / 2) chunk.at(0, v) = -kInfinity;
+    }
+  });
+}
+
+TEST(huge_logits_keep_their_row) {
+  check_hard_row("1e4 apart", [](Chunk& chunk) {
+    for (int64_t v = 0; v < chunk.width; ++v) chunk.at(0, v) *= 2500.0f;
+  });
+  check_hard_row("all near 1e4", [](Chunk& chunk) {
+    for (int64_t v = 0; v < chunk.width; ++v) chunk.at(0, v) += 1e4f;
+  });
+  check_hard_row("all near -1e4", [](Chunk& chunk) {
+    for (int64_t v = 0; v < chunk.width; ++v) chunk.at(0, v) -= 1e4f;
+  });
+  check_hard_row("rising by 1e5 from block to block", [](Chunk& chunk) {
+    for (int64_t v = 0; v < chunk.width; ++v) chunk.at(0, v) += 1e5f * float(v / 1024);
+  });
+  check_hard_row("the largest float", [](Chunk& chunk) { chunk.at(0, chunk.width - 1) = 3e38f; }, 0.5);
+}
+
+TEST(lost_rows_are_nan_and_alone) {
+  struct Loss {
+    const char* name;
+    std::function<void(Chunk&)> spoil;
+  };
+  const Loss losses[] = {
+      {"NaN first", [](Chunk& c) { c.at(1, 0) = kNaN; }},
+      {"NaN last", [](Chunk& c) { c.at(1, c.width - 1) = kNaN; }},
+      {"NaN in the middle", [](Chunk& c) { c.at(1, c.width / 2 + 1) = kNaN; }},
+      {"infinite", [](Chunk& c) { c.at(1, c.width - 2) = kInfinity; }},
+      {"all forbidden",
+       [](Chunk& c) {
+         for (int64_t v = 0; v < c.width; ++v) c.at(1, v) = -kInfinity;
+       }},
+      {"NaN among forbidden",
+       [](Chunk& c) {
+         for (int64_t v = 0; v < c.width; ++v) c.at(1, v) = v == 3 ? kNaN : v < c.width - 2 ? -kInfinity : 1.0f;
+       }},
+  };
+  for (const Isa isa : isas()) {
+    for (const Loss& loss : losses) {
+      for (const int64_t width : {int64_t(40), int64_t(2500)}) {
+        Chunk sound(3, width, kHeads[0], 13), spoiled = sound;
+        loss.spoil(spoiled);
+        const Found expected(sound, {1, isa}), found(spoiled, {1, isa});
+        CHECK(std::isnan(found.logprobs[1]) && !std::isfinite(found.entropy[1]),
+              "%s, V %d, isa %d: logprob %g, entropy %g", loss.name, int(width), int(isa), double(found.logprobs[1]),
+              double(found.entropy[1]));
+        for (const size_t t : {size_t(0), size_t(2)}) {
+          CHECK(found.logprobs[t] == expected.logprobs[t] && found.entropy[t] == expected.entropy[t],
+                "%s: row %zu: %g, %g", loss.name, t, double(found.logprobs[t]), double(found.entropy[t]));
+        }
+      }
+    }
+  }
+}
+
+TEST(threads_do_not_change_rows) {
+  Chunk chunk(7, 2500, kHeads[3], 17);
+  chunk.set_policies(Found(chunk, {1, grpo_fast::detected_isa()}).logprobs, 18);
+  std::vector<std::vector<float>> results;
+  for (const int threads : {1, 3}) {
+    Chunk after = chunk;
+    std::vector<float> logprobs(7), entropy(7);
+    std::vector<uint8_t> live(7);
+    grpo_fast::row_objective(after.rows(), clipped_with_kl(), chunk.tokens(), 0.01f, 1.0f, DType::kFloat32,
+                             logprobs.data(), entropy.data(), live.data(), {threads, grpo_fast::detected_isa()});
+    after.logits.insert(after.logits.end(), logprobs.begin(), logprobs.end());
+    after.logits.insert(after.logits.end(), entropy.begin(), entropy.end());
+    results.push_back(after.logits);
+  }
+  CHECK(same_bits(results[0], results[1]), "%zu numbers", results[0].size());
+}
+
+}  // namespace

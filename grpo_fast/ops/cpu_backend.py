@@ -1,0 +1,305 @@
+"""The `cpu` backend: row functions in C++ (csrc/), bf16 products by the micro-kernel inside torch's CPU library.
+
+    logits, dx       float32; dx is bf16 over the same memory where bf16 products exist
+    gemm_*           csrc/gemm_cpu.h; elsewhere (float32; narrow operands without the instructions) torch's products
+    row_*            csrc/row_cpu.h, one row a thread, AVX-512, AVX2 or baseline instructions chosen at run time
+
+float64, which only tests use, has torch's row functions. Tensors go over as addresses: `_C` does not link torch.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_fast.config import LossConfig
+from grpo_fast.objectives import Tokens, couples_tokens
+from grpo_fast.ops.backend import Transform
+from grpo_fast.ops.torch_backend import TorchBackend
+
+_C: Any = None
+_missing = ""
+try:  # after torch: the two share one OpenMP runtime, and gemm_cpu.cpp looks into torch's library
+    _C = import_module("grpo_fast._C")
+except ImportError as error:
+    _missing = str(error)
+
+TILE_ROWS = 64
+HUGE_BYTES = 2**24
+"""Of a buffer for which large pages are asked."""
+_POLICY_TERMS = {
+    "grpo": "clipped",
+    "bnpo": "clipped",
+    "dr_grpo": "clipped",
+    "dapo": "clipped",
+    "luspo": "clipped",
+    "cispo": "cispo",
+    "sapo": "sapo",
+    "dppo": "dppo",
+    "ppo_dual": "ppo_dual",
+    "reinforce": "reinforce",
+    "rloo": "reinforce",
+}
+
+
+class CpuBackend(TorchBackend):
+    """See the module. What is not overridden, or not offered for a dtype, is the torch backend's."""
+
+    name = "cpu"
+
+    def why_unavailable(self, device: torch.device) -> str | None:
+        if device.type != "cpu":
+            return "its functions run on the CPU; use triton, cuda or torch"
+        if _C is None:
+            return (
+                f"grpo_fast._C is not built ({_missing}); install grpo-fast again where there is a C++17 compiler "
+                "(GRPO_FAST_CPU=1 pip install . shows why it fails)"
+            )
+        return None
+
+    def scratch_bytes(self, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+        if dtype == torch.float64:
+            return super().scratch_bytes(vocab, dtype, device)
+        gemms = self.gemm_scratch_bytes(dtype, device)
+        if _multiplies(dtype):
+            gemms = int(_C.GEMM_SCRATCH_PER_THREAD) * torch.get_num_threads()
+        return 4 * vocab + gemms  # a float32 bias
+
+    def preferred_tile_rows(self, dtype: torch.dtype, device: torch.device) -> int:
+        return TILE_ROWS if _multiplies(dtype) else super().preferred_tile_rows(dtype, device)
+
+    def new_buffer(self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        buffer = super().new_buffer(like, shape, dtype)
+        if buffer.nbytes >= HUGE_BYTES:
+            _C.advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
+        return buffer
+
+    # -- GEMMs -------------------------------------------------------------------------------------------------------
+
+    def logits(self, hidden: Tensor, weight: Tensor, out: Tensor, tile_rows: int) -> None:
+        if not _multiplies(hidden.dtype):
+            super().logits(hidden, weight, out, tile_rows)
+            return
+        hidden, weight = hidden.contiguous(), weight.contiguous()
+        scratch, threads = _scratch(hidden)
+        _C.gemm_logits(
+            _dtype(hidden.dtype),
+            hidden=hidden.data_ptr(),
+            weight=weight.data_ptr(),
+            out=out.data_ptr(),
+            rows=hidden.shape[0],
+            width=hidden.shape[1],
+            vocab=weight.shape[0],
+            out_stride=out.stride(0),
+            scratch=scratch.data_ptr(),
+            threads=threads,
+        )
+
+    def grad_hidden(self, dx: Tensor, weight: Tensor, out: Tensor) -> None:
+        if not _multiplies(dx.dtype):
+            super().grad_hidden(dx, weight, out)
+            return
+        weight = weight.contiguous()
+        scratch, threads = _scratch(out)
+        _C.gemm_grad_hidden(
+            _dtype(dx.dtype),
+            dx=dx.data_ptr(),
+            weight=weight.data_ptr(),
+            out=out.data_ptr(),
+            rows=dx.shape[0],
+            width=weight.shape[1],
+            vocab=weight.shape[0],
+            dx_stride=dx.stride(0),
+            scratch=scratch.data_ptr(),
+            threads=threads,
+        )
+
+    def grad_weight(self, dx: Tensor, hidden: Tensor, out: Tensor, base: Tensor | None) -> None:
+        if not _multiplies(dx.dtype):
+            super().grad_weight(dx, hidden, out, base)
+            return
+        hidden = hidden.contiguous()
+        scratch, threads = _scratch(hidden)
+        packed = hidden.new_empty(_C.gemm_packed_bytes(*hidden.shape), dtype=torch.uint8)
+        _C.gemm_grad_weight(
+            _dtype(dx.dtype),
+            dx=dx.data_ptr(),
+            hidden=hidden.data_ptr(),
+            base=_address(base),
+            out=out.data_ptr(),
+            narrow_out=out.dtype != torch.float32,
+            rows=dx.shape[0],
+            width=hidden.shape[1],
+            vocab=dx.shape[1],
+            dx_stride=dx.stride(0),
+            packed=packed.data_ptr(),
+            scratch=scratch.data_ptr(),
+            threads=threads,
+        )
+
+    # -- row functions -----------------------------------------------------------------------------------------------
+
+    def statistics(self, logits: Tensor, targets: Tensor, transform: Transform) -> tuple[Tensor, Tensor, Tensor]:
+        if logits.dtype == torch.float64:
+            return super().statistics(logits, targets, transform)
+        logprobs, entropy, lse = (logits.new_empty(logits.shape[0]) for _ in range(3))
+        rows = _Rows(logits, targets, transform)
+        _C.row_statistics(
+            rows.native,
+            logprobs=logprobs.data_ptr(),
+            entropy=entropy.data_ptr(),
+            lse=lse.data_ptr(),
+            threads=torch.get_num_threads(),
+        )
+        return logprobs, entropy, lse
+
+    def gradient(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        lse: Tensor,
+        entropy: Tensor,
+        g: Tensor,
+        e: Tensor | None,
+        transform: Transform,
+        *,
+        dtype: torch.dtype,
+        vocab_start: int = 0,
+    ) -> Tensor:
+        if logits.dtype == torch.float64:
+            return super().gradient(
+                logits, targets, lse, entropy, g, e, transform, dtype=dtype, vocab_start=vocab_start
+            )
+        rows = _Rows(logits, targets, transform)
+        tensors = [None if t is None else t.float().contiguous() for t in (lse, entropy, g, e)]
+        _C.row_gradient(
+            rows.native,
+            **{name: _address(t) for name, t in zip(("lse", "entropy", "g", "e"), tensors, strict=True)},
+            vocab_start=vocab_start,
+            dtype=_dtype(_dx_dtype(dtype)),
+            threads=torch.get_num_threads(),
+        )
+        return _dx_view(logits, dtype)
+
+    def objective_rows(
+        self,
+        logits: Tensor,
+        targets: Tensor,
+        transform: Transform,
+        tokens: Tokens,
+        weights: Tensor,
+        config: LossConfig,
+        *,
+        dtype: torch.dtype,
+        grad_scale: float | Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        has_old = tokens.old_logprobs is not None
+        if logits.dtype == torch.float64 or couples_tokens(config, has_old=has_old):
+            return super().objective_rows(
+                logits, targets, transform, tokens, weights, config, dtype=dtype, grad_scale=grad_scale
+            )
+        n = weights.numel()
+        logprobs, entropy = (logits.new_empty(n) for _ in range(2))
+        live = logits.new_empty(n, dtype=torch.bool)
+        rows = _Rows(logits[:n], targets[:n], transform.rows(slice(0, n)))
+        given = {"advantages": tokens.advantages, "weights": weights} | tokens.optional(lambda values: values)
+        given = {name: None if t is None else t.float().contiguous() for name, t in given.items()}
+        _C.row_objective(
+            rows.native,
+            _objective_config(config, given["importance"] is not None, tokens.sampling_logprobs is not None),
+            **{name: _address(t) for name, t in given.items()},
+            entropy_gradient=-config.entropy_coef / max(float(tokens.num_active), 1.0),
+            grad_scale=float(grad_scale),
+            dtype=_dtype(_dx_dtype(dtype)),
+            logprobs=logprobs.data_ptr(),
+            entropy=entropy.data_ptr(),
+            live=live.data_ptr(),
+            threads=torch.get_num_threads(),
+        )
+        return _dx_view(logits[:n], dtype), logprobs, entropy, live
+
+
+class _Rows:
+    """A chunk as `_C.Rows`, and what its addresses point to."""
+
+    def __init__(self, logits: Tensor, targets: Tensor, transform: Transform) -> None:
+        temperature = transform.temperature
+        per_row = temperature.float().contiguous() if isinstance(temperature, Tensor) else None
+        bias = None if transform.bias is None else transform.bias.float().contiguous()
+        targets = targets.contiguous()
+        self.kept = (logits, targets, bias, per_row)
+        self.native = _C.Rows(
+            logits=logits.data_ptr(),
+            num_rows=logits.shape[0],
+            num_columns=logits.shape[1],
+            row_stride=logits.stride(0),
+            targets=targets.data_ptr(),
+            bias=_address(bias),
+            logit_scale=transform.head.logit_scale,
+            softcap=transform.head.softcap or 0.0,
+            temperature=1.0 if isinstance(temperature, Tensor) else temperature,
+            row_temperature=_address(per_row),
+        )
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _dtype(dtype: torch.dtype) -> Any:
+    return getattr(_C.DType, str(dtype).removeprefix("torch."))
+
+
+@cache
+def gemm_obstacle(dtype: torch.dtype) -> str | None:
+    """Why torch multiplies operands of `dtype`, or None where `_C` does."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "torch's own products do"
+    obstacle: str | None = _C.gemm_obstacle(_dtype(dtype))
+    return obstacle
+
+
+def _multiplies(dtype: torch.dtype) -> bool:
+    return gemm_obstacle(dtype) is None
+
+
+def _dx_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of dx for GEMM operands of `dtype`: narrow where narrow products exist, else torch multiplies float32."""
+    return dtype if _multiplies(dtype) else torch.float32
+
+
+def _dx_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """dx `[R, V]` over logits `[R, V]`: a narrow row takes the first half of its own logits."""
+    return logits.view(_dx_dtype(dtype))[:, : logits.shape[1]]
+
+
+def _scratch(like: Tensor) -> tuple[Tensor, int]:
+    threads = torch.get_num_threads()
+    return like.new_empty(threads * _C.GEMM_SCRATCH_PER_THREAD, dtype=torch.uint8), threads
+
+
+@cache
+def _objective_config(config: LossConfig, importance_given: bool, has_sampling: bool) -> Any:
+    """The config in C++ terms."""
+    native = _C.ObjectiveConfig()
+    native.policy = getattr(_C.PolicyTerm, _POLICY_TERMS[config.loss_type])
+    native.kl = getattr(_C.KlEstimator, config.kl_estimator if config.beta else "none")
+    native.kl_times_ratio = config.use_bias_correction_kl
+    if importance_given:
+        native.correction = _C.Correction.weight
+    elif config.importance_sampling_mode is not None and has_sampling:
+        native.correction = getattr(_C.Correction, config.importance_sampling_mode)
+    low, high = config.importance_sampling_clip_min, config.importance_sampling_clip_max
+    native.importance_min = -math.inf if low is None else low
+    native.importance_max = math.inf if high is None else high
+    native.epsilon_low, native.epsilon_high = config.epsilon, config.upper_epsilon
+    native.delta = math.inf if config.delta is None else config.delta
+    native.beta = config.beta
+    for name in ("sapo_temperature_pos", "sapo_temperature_neg", "dppo_threshold", "dppo_log_ratio_coef", "dual_clip"):
+        setattr(native, name, getattr(config, name))
+    return native
