@@ -79,8 +79,8 @@ acts by."""
 # precision of the race (float32 weights and moments, bfloat16 matrix products). Considered:
 # - gradient_checkpointing (in PAIRS) is on by default in TRL and off here: memory is not short.
 # - All completions are sampled at once and go through the update MICRO_BATCH at a time, gradients accumulating: the
-#   same update to rounding. On one EPYC core (busy with other things) the demo's first update took 56, 42 and 37 s with
-#   64, 16 and 8 at once, and the run 9.4, 4.3 and 3.2 GiB.
+#   same update to rounding. On two EPYC cores the demo's first two updates took 31 + 27 s with 16 at once, 31 + 27 with
+#   8 and 25 + 25 with 4; all 64 at once, a third longer than 16 (on one core, busy with other things), and 9.4 GiB.
 # - The loss is TRL 1.16's chunked head, which it always uses: there is no other to choose.
 # - use_liger_kernel, and use_kernels which replaces it, put Triton kernels in the layers' place; vLLM: both want a GPU.
 # - use_transformers_continuous_batching casts the trained weights to bfloat16 in place and leaves them so. As with a
@@ -106,7 +106,7 @@ TRL_SETTINGS: dict[str, Any] = {
     "disable_tqdm": True,
 }
 
-MICRO_BATCH = 8
+MICRO_BATCH = 4
 """Completions that go through TRL's update at once."""
 
 
