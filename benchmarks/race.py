@@ -70,7 +70,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--trl-micro-batch",
         type=int,
-        default=8,
+        default=4,
         metavar="N",
         help="completions that go through TRL's update at once; affects its speed and memory, not its curve",
     )
