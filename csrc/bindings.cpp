@@ -3,10 +3,12 @@
 // released while they run.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <optional>
 #include <string>
 
 #include "gemm_cpu.h"
@@ -53,7 +55,8 @@ void bind_types(py::module_& m) {
   py::enum_<DType>(m, "DType")
       .value("float32", DType::kFloat32)
       .value("bfloat16", DType::kBFloat16)
-      .value("float16", DType::kFloat16);
+      .value("float16", DType::kFloat16)
+      .value("float64", DType::kFloat64);
   py::enum_<PolicyTerm>(m, "PolicyTerm")
       .value("clipped", PolicyTerm::kClipped)
       .value("cispo", PolicyTerm::kCispo)
@@ -129,6 +132,61 @@ void bind_rows(py::module_& m) {
       "live"_a, "threads"_a);
 }
 
+template <typename Real>
+void advantages_of(Address rewards, int64_t num_completions, int64_t num_rewards, Address weights, const Groups& groups,
+                   AdvantageScale scale, RewardAggregation aggregation, Address out) {
+  group_advantages(at<const Real>(rewards), num_completions, num_rewards, at<const double>(weights), groups, scale,
+                   aggregation, at<Real>(out));
+}
+
+void bind_groups(py::module_& m) {
+  py::enum_<AdvantageScale>(m, "AdvantageScale")
+      .value("group", AdvantageScale::kGroup)
+      .value("batch", AdvantageScale::kBatch)
+      .value("none", AdvantageScale::kNone)
+      .value("leave_one_out", AdvantageScale::kLeaveOneOut);
+  py::enum_<RewardAggregation>(m, "RewardAggregation")
+      .value("sum_then_normalize", RewardAggregation::kSumThenNormalize)
+      .value("normalize_then_sum", RewardAggregation::kNormalizeThenSum);
+  py::enum_<TokenAggregation>(m, "TokenAggregation")
+      .value("sequence_mean", TokenAggregation::kSequenceMean)
+      .value("sequence_sum", TokenAggregation::kSequenceSum)
+      .value("token_mean", TokenAggregation::kTokenMean);
+  m.def(
+      "group_advantages",
+      [](DType dtype, Address rewards, int64_t num_completions, int64_t num_rewards, Address weights, Address order,
+         Address offsets, int64_t num_groups, AdvantageScale scale, RewardAggregation aggregation, Address out) {
+        Groups groups;
+        groups.order = at<const int64_t>(order);
+        groups.offsets = at<const int64_t>(offsets);
+        groups.num_groups = num_groups;
+        (dtype == DType::kFloat64 ? advantages_of<double> : advantages_of<float>)(
+            rewards, num_completions, num_rewards, weights, groups, scale, aggregation, out);
+      },
+      Unlocked(), "dtype"_a, py::kw_only(), "rewards"_a, "num_completions"_a, "num_rewards"_a, "weights"_a, "order"_a,
+      "offsets"_a, "num_groups"_a, "scale"_a, "aggregation"_a, "out"_a);
+  m.def(
+      "token_weights",
+      [](Address cu_seqlens, int64_t num_sequences, int64_t num_tokens, Address mask, Address advantages,
+         bool advantages_per_token, Address importance, TokenAggregation aggregation, std::optional<double> normalizer,
+         bool every_row, Address weights, Address token_advantages, Address active) {
+        TokenBatch<float> batch;
+        batch.num_tokens = num_tokens;
+        batch.num_sequences = num_sequences;
+        batch.cu_seqlens = at<const int64_t>(cu_seqlens);
+        batch.mask = at<const uint8_t>(mask);
+        batch.advantages = at<const float>(advantages);
+        batch.advantages_per_token = advantages_per_token;
+        batch.importance = at<const float>(importance);
+        const TokenRows<float> rows{at<float>(weights), at<float>(token_advantages), at<int64_t>(active)};
+        return token_weights(batch, aggregation, normalizer, every_row, rows);
+      },
+      Unlocked(), "Weights, advantages and active rows of packed float32 tokens; returns the number of active rows.",
+      py::kw_only(), "cu_seqlens"_a, "num_sequences"_a, "num_tokens"_a, "mask"_a, "advantages"_a,
+      "advantages_per_token"_a, "importance"_a, "aggregation"_a, "normalizer"_a, "every_row"_a, "weights"_a,
+      "token_advantages"_a, "active"_a);
+}
+
 void bind_gemms(py::module_& m) {
   m.attr("GEMM_SCRATCH_PER_THREAD") = kGemmScratchPerThread;
   m.def("gemm_packed_bytes", &gemm_packed_bytes, "rows"_a, "width"_a);
@@ -179,5 +237,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("advise_huge_pages", &advise_huge_pages, "address"_a, "bytes"_a);
   bind_types(m);
   bind_rows(m);
+  bind_groups(m);
   bind_gemms(m);
 }

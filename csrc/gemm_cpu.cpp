@@ -46,7 +46,7 @@ bool has_narrow_instructions(DType dtype) {
 
 // A product of exact small integers: a library that means something else by the same name is found out.
 bool multiplies_right(const Library& library, DType dtype) {
-  constexpr int64_t m = 5, n = 16, k = 6;
+  constexpr int64_t m = 5, n = 19, k = 38;  // no whole tiles
   const auto rounded = [dtype](int64_t v) {
     return dtype == DType::kBFloat16 ? to_bfloat16(static_cast<float>(v)) : to_float16(static_cast<float>(v));
   };
@@ -301,6 +301,10 @@ void gemm_logits(DType dtype, const uint16_t* hidden, const uint16_t* weight, fl
   }
 }
 
+// Fixed, as a sum is rounded where a block of the vocabulary ends: the bits must not depend on the number of threads.
+constexpr int64_t kPackedDepth = 512, kPackedColumns = 1024;
+static_assert(kPackedDepth * kPackedColumns <= kScratchElements);
+
 // Threads take a grid of blocks of rows and ranges of H; each walks the vocabulary, packing its part of the weight.
 void gemm_grad_hidden(DType dtype, const uint16_t* dx, const uint16_t* weight, float* out, int64_t rows, int64_t width,
                       int64_t vocab, int64_t dx_stride, void* scratch, int threads) {
@@ -312,12 +316,10 @@ void gemm_grad_hidden(DType dtype, const uint16_t* dx, const uint16_t* weight, f
   for (int64_t task = 0; task < across * down; ++task) {
     const Range columns = share(width, 16, across, task % across), lines = share(rows, 1, down, task / across);
     uint16_t* packed = scratch_of(scratch, omp_get_thread_num());
-    for (int64_t left = columns.begin; left < columns.end; left += 1024) {
-      const int64_t n = std::min<int64_t>(1024, columns.end - left);
-      // A quarter of the scratch, so that rows of dx and of the result stay beside it in the second-level cache.
-      const int64_t depth = std::min<int64_t>(1024, std::max<int64_t>(64, kScratchElements / 3 / n / 64 * 64));
-      for (int64_t begin = 0; begin < even_vocab; begin += depth) {
-        const int64_t k = std::min(depth, even_vocab - begin);
+    for (int64_t left = columns.begin; left < columns.end; left += kPackedColumns) {
+      const int64_t n = std::min(kPackedColumns, columns.end - left);
+      for (int64_t begin = 0; begin < even_vocab; begin += kPackedDepth) {
+        const int64_t k = std::min(kPackedDepth, even_vocab - begin);
         pack_row_pairs(weight + begin * width + left, width, k, n, packed);
         for (int64_t row = lines.begin; row < lines.end; row += kRowBlock) {
           library.multiply(std::min(kRowBlock, lines.end - row), n, k, dx_stride, n, width, true,

@@ -2,7 +2,9 @@
 //
 // torch offers no CPU product with narrow operands and a float32 result. The library it carries (oneDNN) does: its
 // micro-kernel multiplies one block with float32 accumulation straight into C, with AMX or AVX-512 BF16. It is looked
-// up at run time in the libtorch_cpu that is already loaded; blocking, packing and threads are here.
+// up at run time in the libtorch_cpu that is already loaded; blocking, packing and threads are here. On two EPYC cores
+// (Zen 5) one block runs at 910 GFLOP/s, a whole product at 700 to 900; torch's own bf16 products, rounded to bf16, at
+// 690 to 830, and the cblas_gemm_bf16bf16f32 that the library also exports at 163.
 //
 // Legend: R rows, H hidden size, V vocabulary. Narrow values are 16 bits wide, bf16 or fp16 alike.
 // Packed operand ("VNNI"): rows k and k+1 of B interleaved, [K/2, N, 2].

@@ -18,7 +18,7 @@
 
 namespace grpo_fast {
 
-enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 // Instruction sets that the row functions are compiled for.
 enum class Isa : int32_t { kBaseline, kAvx2, kAvx512 };

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.config import require_choice
+from grpo_fast.ops.group_backend import native_group_advantages
 
 SCALES = ("group", "batch", "none", "leave_one_out")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
@@ -61,10 +62,13 @@ def group_advantages(
     table = (rewards[:, None] if rewards.dim() == 1 else rewards).to(torch.promote_types(rewards.dtype, torch.float32))
     factors = _weights(weights, table)
     groups = _Groups.of(table.shape[0], group_size, group_ids, rewards.device)
+    if aggregation == "normalize_then_sum" and scale not in ("group", "batch"):
+        raise ValueError(f"scale: normalize_then_sum z-scores by group and batch; expected group, got {scale!r}")
+    native = native_group_advantages(table, factors, groups.order, groups.lengths, scale, aggregation)
+    if native is not None:
+        return native
     missing = table.isnan().all(1)
     if aggregation == "normalize_then_sum":
-        if scale not in ("group", "batch"):
-            raise ValueError(f"scale: normalize_then_sum z-scores by group and batch; expected group, got {scale!r}")
         scores = torch.stack([groups.z_score(column) for column in table.unbind(1)], dim=1)
         total = (scores * factors).nansum(1).masked_fill(missing, torch.nan)
         advantages = groups.whole().z_score(total)

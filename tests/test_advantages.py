@@ -9,9 +9,19 @@ import pytest
 import torch
 
 from grpo_fast.advantages import AGGREGATIONS, SCALES, group_advantages
+from grpo_fast.ops import cpu_backend
 from grpo_fast.reference import reference_advantages
 
 NAN = math.nan
+
+
+@pytest.fixture(params=["native", "torch"], autouse=True)
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every test here runs on both."""
+    if request.param == "torch":
+        monkeypatch.setattr(cpu_backend, "_C", None)
+    elif cpu_backend.native() is None:
+        pytest.skip("grpo_fast._C is not built")
 
 
 def make_rewards(num: int, kinds: int | None, missing: float, seed: int) -> torch.Tensor:

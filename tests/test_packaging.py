@@ -22,6 +22,7 @@ import grpo_fast
 REPO = Path(__file__).resolve().parent.parent
 FILES = "pyproject.toml setup.py MANIFEST.in LICENSE README.md CHANGELOG.md constraints.txt Makefile".split()
 FOLDERS = "grpo_fast kernels recipes".split()
+EXTENSION = "grpo_fast/_C" + str(sysconfig.get_config_var("EXT_SUFFIX"))
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
@@ -37,7 +38,7 @@ def copy_sources(target: Path) -> Path:
     target.mkdir()
     for name in FILES:
         shutil.copy(REPO / name, target / name)
-    for name in FOLDERS:
+    for name in (*FOLDERS, "csrc"):
         shutil.copytree(REPO / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info"))
     return target
 
@@ -54,15 +55,16 @@ def expected_modules() -> set[str]:
 
 @pytest.fixture(scope="module")
 def distributions(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """sdist, the wheel built from it, and the wheel built from the sources directly."""
+    """sdist, the wheel built from it (without native code), and the wheel built from the sources directly (with)."""
     pytest.importorskip("build")
     folder = tmp_path_factory.mktemp("build")
     sources = copy_sources(folder / "sources")
     build = (sys.executable, "-m", "build", "--no-isolation", "--outdir")
     run(
-        *build, folder / "from_sdist", sources, cwd=folder
+        *build, folder / "from_sdist", sources, cwd=folder, GRPO_FAST_CPU="0"
     )  # neither --sdist nor --wheel: the wheel is built from the sdist
-    run(*build, folder / "direct", "--wheel", sources, cwd=folder)
+    native = "1" if shutil.which("g++") else "0"
+    run(*build, folder / "direct", "--wheel", sources, cwd=folder, GRPO_FAST_CPU=native)
     (sdist,) = (folder / "from_sdist").glob("*.tar.gz")
     (from_sdist,) = (folder / "from_sdist").glob("*.whl")
     (direct,) = (folder / "direct").glob("*.whl")
@@ -82,10 +84,10 @@ def scratch_environment(folder: Path) -> Path:
     return python
 
 
-def install(python: Path, *what: str | Path) -> None:
+def install(python: Path, *what: str | Path, **env: str) -> None:
     """pip install of `what` alone, into the environment of `python`."""
     options = "--quiet --no-index --no-deps --no-build-isolation --ignore-installed --no-warn-script-location".split()
-    run(sys.executable, "-m", "pip", "--python", python, "install", *options, *what, cwd=python.parent)
+    run(sys.executable, "-m", "pip", "--python", python, "install", *options, *what, cwd=python.parent, **env)
 
 
 @pytest.mark.parametrize("kind", ["direct", "from_sdist"])
@@ -98,12 +100,15 @@ def test_wheel_contains_every_module_under_one_top_level(distributions: dict[str
     installed = {name for name in names if name.startswith("grpo_fast/") and name.endswith((".py", ".yaml"))}
     assert installed == expected_modules(), "setup.py lists packages by hand: is a new one missing there?"
     assert "grpo_fast/kernels/__init__.py" in names
+    assert (EXTENSION in names) == (kind == "direct" and shutil.which("g++") is not None)
 
 
 def test_sdist_is_complete_and_licensed(distributions: dict[str, Path]) -> None:
     with tarfile.open(distributions["sdist"]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "CHANGELOG.md", "kernels/__init__.py", "setup.py", "pyproject.toml"} <= names
+    sources = {f"csrc/{path.name}" for path in (REPO / "csrc").iterdir() if path.is_file()}
+    assert {"csrc/bindings.cpp", "csrc/objective.h"} <= sources <= names
 
 
 @pytest.mark.parametrize("kind", ["direct", "from_sdist", "editable"])
@@ -111,7 +116,7 @@ def test_installs_import(distributions: dict[str, Path], tmp_path: Path, kind: s
     python = scratch_environment(tmp_path / "env")
     if kind == "editable":
         home = copy_sources(tmp_path / "sources")
-        install(python, "--editable", home)
+        install(python, "--editable", home, CXX="false", CC="false")  # a compiler that fails does not fail the install
     else:
         home = tmp_path / "env"
         install(python, distributions[kind])
@@ -121,12 +126,15 @@ import grpo_fast, grpo_fast.kernels, grpo_fast.loss
 print(grpo_fast.__file__)
 print(grpo_fast.kernels.__file__)
 print(importlib.metadata.version("grpo-fast"), grpo_fast.__version__)
+from grpo_fast.ops.backend import get_backend
+print(get_backend("cpu").why_unavailable(__import__("torch").device("cpu")))
 print(sorted(path.name for path in importlib.resources.files("grpo_fast.recipes").iterdir() if path.suffix == ".yaml"))
 """
-    package, kernels, versions, recipes = run(python, "-c", program, cwd=tmp_path).splitlines()
+    package, kernels, versions, obstacle, recipes = run(python, "-c", program, cwd=tmp_path).splitlines()
     assert Path(package).is_relative_to(home)
     assert Path(kernels).is_relative_to(home)
     assert versions.split() == [grpo_fast.__version__] * 2
+    assert (obstacle == "None") == (kind == "direct" and shutil.which("g++") is not None)
     assert recipes == str(sorted(path.name for path in (REPO / "recipes").glob("*.yaml")))
     assert "train" in run(tmp_path / "env" / "bin" / "grpo-fast", "--help", cwd=tmp_path)
 

@@ -4,6 +4,9 @@
     gemm_*           csrc/gemm_cpu.h; elsewhere (float32; narrow operands without the instructions) torch's products
     row_*            csrc/row_cpu.h, one row a thread, AVX-512, AVX2 or baseline instructions chosen at run time
 
+Chunks are as large as the workspace allows, since each packs the whole weight: on two EPYC cores the full step at T =
+2048, V = 49152 took 0.59, 0.54 and 0.51 s with 64, 128 and 256 MiB, at T = 1024, V = 151936 2.0, 1.7 and 1.3 s.
+
 float64, which only tests use, has torch's row functions. Tensors go over as addresses: `_C` does not link torch.
 """
 
@@ -30,8 +33,9 @@ except ImportError as error:
     _missing = str(error)
 
 TILE_ROWS = 64
+"""Rows of a logits product; any number gives the same bits, so this only rounds chunks."""
 HUGE_BYTES = 2**24
-"""Of a buffer for which large pages are asked."""
+"""Of a buffer for which large pages are asked: touching 256 MiB first takes 7 ms with them, 48 without."""
 _POLICY_TERMS = {
     "grpo": "clipped",
     "bnpo": "clipped",
@@ -45,6 +49,11 @@ _POLICY_TERMS = {
     "reinforce": "reinforce",
     "rloo": "reinforce",
 }
+
+
+def native() -> Any:
+    """The extension module, or None where it is not built."""
+    return _C
 
 
 class CpuBackend(TorchBackend):
