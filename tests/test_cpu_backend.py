@@ -75,7 +75,7 @@ def test_products_are_exact_to_float32(shape: tuple[int, int, int], dtype: torch
     expected = {"logits": h @ w.T, "grad_hidden": 1 + d @ w, "added": 1 + d.T @ h, "plain": d.T @ h}
     for name, exact in expected.items():
         assert rel_rms(found[name], exact) <= 1e-6, name
-    assert rel_rms(found["narrow"], 2 * expected["plain"]) <= 2.0**-9  # rounded once
+    assert rel_rms(found["narrow"], 2 * expected["plain"]) <= 2.0**-8  # rounded once
 
 
 @pytest.mark.parametrize("dtype", NARROW)

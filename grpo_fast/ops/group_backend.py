@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_fast.ops import cpu_backend
+import grpo_fast.ops.cpu_backend as cpu_backend
 
 
 def native_group_advantages(
