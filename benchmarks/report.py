@@ -167,7 +167,8 @@ def markdown(records: Sequence[Record]) -> str:
         "",
         f"{machine_line(first)}. {versions}. Commit {commit}{' with local changes' if dirty else ''}.",
         "",
-        "bfloat16. Medians of n interleaved runs after a warm-up; those under 3 s each follow an untimed one (n+: a run above 20 s counts from the first). "
+        "bfloat16. Medians of n interleaved runs after a warm-up; those under 3 s each follow an untimed one (n+: a "
+        "run above 20 s counts from the first). "
         "x floor: time over the sum of the medians of the library GEMMs that the cheapest plan must do, measured in "
         "the same rounds. TFLOP/s counts that plan's FLOPs, whatever a contender really did. Peak: memory beyond the "
         f"inputs, gradients included ({first['memory_method'] or 'not measurable here'}). Errors against float64: "
