@@ -273,8 +273,10 @@ def record() -> dict[str, Any]:
         for _ in range(5):
             measurement.round()
     assert warm == ["grpo-fast", "plain log-softmax"]  # the wrong one is not run at the measured shape
-    rounds = [tuple(log[i : i + 2]) for i in range(2, 12, 2)]
-    assert len(log) == 12
+    assert len(log) == 22
+    assert log[2::2] == log[3::2]  # a short timed run follows an untimed one
+    timed = log[3::2]
+    rounds = [tuple(timed[i : i + 2]) for i in range(0, 10, 2)]
     assert all(set(order) == {"grpo-fast", "plain log-softmax"} for order in rounds)
     assert len(set(rounds)) == 2  # the order rotates
     result: dict[str, Any] = json.loads(json.dumps(measurement.record()))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -243,8 +244,10 @@ def _rank(rank: int, port: int, results: Any) -> None:
     torch.distributed.destroy_process_group()
 
 
-def test_quantiles_and_metrics_span_ranks() -> None:
+def test_quantiles_and_metrics_span_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes: the entropy quantile is that of all tokens, the metrics are those of the whole."""
+    # They import this module by name, and some installed packages bring a top-level `tests` of their own.
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent))
     context = multiprocessing.get_context("spawn")
     results = context.Queue()
     with socket.socket() as probe:
