@@ -1,7 +1,7 @@
 # make demo    train SmolLM2-135M to add, on this machine's CPU or GPU
 # make test    the whole test suite
 # make lint    ruff and mypy
-# make bench   this library against its competitors, ten minutes on two cores; OUT=dir for the JSON and the report
+# make bench   this library against its competitors, a quarter of an hour on two cores; OUT=dir for the JSON and the report
 # PYTHON=python3.12 picks the interpreter that .venv is made with.
 
 PYTHON ?= python3

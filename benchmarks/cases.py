@@ -155,7 +155,7 @@ class Case:
 
 # -- what is run ------------------------------------------------------------------------------------------------------
 
-# The ten-minute CPU selection: model: scenarios.
+# The CPU selection of `make bench`: model: scenarios.
 QUICK = {"SmolLM2-135M": tuple(name for name in SCENARIOS if name != "ragged"), "Qwen3-0.6B": ("full",)}
 
 

@@ -18,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "quick: the ten-minute CPU selection of `make bench`")
+    config.addinivalue_line("markers", "quick: the CPU selection of `make bench`")
 
 
 @pytest.fixture

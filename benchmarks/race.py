@@ -24,6 +24,7 @@ from typing import Any
 
 from machine import machine_facts
 from race_report import WINDOW, markdown, plot, same_prompts, summarize
+from race_setup import MICRO_BATCH
 
 HERE = Path(__file__).resolve().parent
 NAMES = ("grpo-fast", "trl")
@@ -70,7 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--trl-micro-batch",
         type=int,
-        default=4,
+        default=MICRO_BATCH,
         metavar="N",
         help="completions that go through TRL's update at once; affects its speed and memory, not its curve",
     )
