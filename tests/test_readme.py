@@ -78,15 +78,22 @@ def loss_table() -> list[str]:
     return lines
 
 
+def demo_steps(run: str) -> tuple[list[dict[str, Any]], list[float]]:
+    """The steps of a demo run, and its held-out accuracies."""
+    rows = [json.loads(line) for line in (RESULTS / run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "step_time" in row], [row["eval/pass@1"] for row in rows if "eval/pass@1" in row]
+
+
 def test_numbers_of_the_demo() -> None:
-    rows = [json.loads(line) for line in (RESULTS / "demo" / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in rows if "step_time" in row]
+    steps, held_out = demo_steps("demo")
     rewards = [row["reward"] for row in steps]
-    held_out = [row["eval/pass@1"] for row in rows if "eval/pass@1" in row]
     assert f"the {len(steps)} steps took {sum(row['step_time'] for row in steps):.0f} s" in text()
     assert f"mean reward {sum(rewards[:5]) / 5:.3f} over the first five" in text()
     assert f"{sum(rewards[-5:]) / 5:.3f} over the last five" in text()
     assert f"held-out accuracy {held_out[0]:.3f} before, {held_out[-1]:.3f} after" in text()
+    plain, _ = demo_steps("demo-torch")
+    end = sum(row["reward"] for row in plain[-5:]) / 5
+    assert f"took {sum(row['step_time'] for row in plain):.0f} s and ended at {end:.3f}" in text()
 
 
 def test_numbers_of_the_loss() -> None:
