@@ -107,6 +107,22 @@ def test_numbers_of_the_loss() -> None:
     assert not claims, ratios
 
 
+def test_numbers_of_growth() -> None:
+    found = json.loads((RESULTS / "growth.json").read_text())["benchmarks"]
+    by_axis = {(b["extra_info"]["growth"], b["extra_info"]["case"]["name"]): b["extra_info"] for b in found}
+    peaks = []
+    for tokens in (2048, 16384):
+        one = timed(by_axis["tokens", f"SmolLM2-135M-T{tokens}-full"])
+        peaks.append(
+            [round(one[name]["peak_bytes"] / 2**20) for name in ("grpo-fast", "plain log-softmax", "TRL chunked")]
+        )
+    ours, plain, trl = zip(*peaks, strict=True)
+    assert f"from {ours[0]} to {ours[1]} MiB, a plain loss's from {plain[0]} to {plain[1]}," in text()
+    assert f"and TRL's from {trl[0]} to {trl[1]};" in text()
+    largest = next(r for (axis, _), r in by_axis.items() if axis == "vocab" and r["case"]["vocab"] == 262144)
+    assert f"ours is {timed(largest)['grpo-fast']['floor_ratio']:.1f} times the floor" in text()
+
+
 def test_numbers_of_the_race() -> None:
     race = json.loads((RESULTS / "race" / "race.json").read_text())
     ours, theirs = (race["summary"][name] for name in ("grpo-fast", "trl"))
