@@ -22,7 +22,7 @@ from torch import Tensor
 
 from grpo_fast.config import LossConfig
 from grpo_fast.objectives import Tokens, couples_tokens
-from grpo_fast.ops.backend import Transform
+from grpo_fast.ops.backend import POLICY_TERMS, Transform
 from grpo_fast.ops.torch_backend import TorchBackend
 
 _C: Any = None
@@ -36,19 +36,6 @@ TILE_ROWS = 64
 """Rows of a logits product; any number gives the same bits, so this only rounds chunks."""
 HUGE_BYTES = 2**24
 """Of a buffer for which large pages are asked: touching 256 MiB first takes 7 ms with them, 48 without."""
-_POLICY_TERMS = {
-    "grpo": "clipped",
-    "bnpo": "clipped",
-    "dr_grpo": "clipped",
-    "dapo": "clipped",
-    "luspo": "clipped",
-    "cispo": "cispo",
-    "sapo": "sapo",
-    "dppo": "dppo",
-    "ppo_dual": "ppo_dual",
-    "reinforce": "reinforce",
-    "rloo": "reinforce",
-}
 
 
 def native() -> Any:
@@ -179,10 +166,11 @@ class CpuBackend(TorchBackend):
         *,
         dtype: torch.dtype,
         vocab_start: int = 0,
+        out: Tensor | None = None,
     ) -> Tensor:
         if logits.dtype == torch.float64:
             return super().gradient(
-                logits, targets, lse, entropy, g, e, transform, dtype=dtype, vocab_start=vocab_start
+                logits, targets, lse, entropy, g, e, transform, dtype=dtype, vocab_start=vocab_start, out=out
             )
         rows = _Rows(logits, targets, transform)
         tensors = [None if t is None else t.float().contiguous() for t in (lse, entropy, g, e)]
@@ -193,7 +181,7 @@ class CpuBackend(TorchBackend):
             dtype=_dtype(_dx_dtype(dtype)),
             threads=torch.get_num_threads(),
         )
-        return _dx_view(logits, dtype)
+        return _dx(logits, dtype, out)
 
     def objective_rows(
         self,
@@ -206,16 +194,16 @@ class CpuBackend(TorchBackend):
         *,
         dtype: torch.dtype,
         grad_scale: float | Tensor,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         has_old = tokens.old_logprobs is not None
         if logits.dtype == torch.float64 or couples_tokens(config, has_old=has_old):
             return super().objective_rows(
-                logits, targets, transform, tokens, weights, config, dtype=dtype, grad_scale=grad_scale
+                logits, targets, transform, tokens, weights, config, dtype=dtype, grad_scale=grad_scale, out=out
             )
-        n = weights.numel()
-        logprobs, entropy = (logits.new_empty(n) for _ in range(2))
-        live = logits.new_empty(n, dtype=torch.bool)
-        rows = _Rows(logits[:n], targets[:n], transform.rows(slice(0, n)))
+        logprobs, entropy = (logits.new_empty(logits.shape[0]) for _ in range(2))
+        live = logits.new_empty(logits.shape[0], dtype=torch.bool)
+        rows = _Rows(logits, targets, transform)
         given = {"advantages": tokens.advantages, "weights": weights} | tokens.optional(lambda values: values)
         given = {name: None if t is None else t.float().contiguous() for name, t in given.items()}
         _C.row_objective(
@@ -230,7 +218,7 @@ class CpuBackend(TorchBackend):
             live=live.data_ptr(),
             threads=torch.get_num_threads(),
         )
-        return _dx_view(logits[:n], dtype), logprobs, entropy, live
+        return _dx(logits, dtype, out), logprobs, entropy, live
 
 
 class _Rows:
@@ -282,9 +270,10 @@ def _dx_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if _multiplies(dtype) else torch.float32
 
 
-def _dx_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """dx `[R, V]` over logits `[R, V]`: a narrow row takes the first half of its own logits."""
-    return logits.view(_dx_dtype(dtype))[:, : logits.shape[1]]
+def _dx(logits: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """dx `[R, V]`, which C++ left over logits `[R, V]`: a narrow row takes the first half of its own logits."""
+    dx = logits.view(_dx_dtype(dtype))[:, : logits.shape[1]]
+    return dx if out is None else out.copy_(dx)
 
 
 def _scratch(like: Tensor) -> tuple[Tensor, int]:
@@ -296,7 +285,7 @@ def _scratch(like: Tensor) -> tuple[Tensor, int]:
 def _objective_config(config: LossConfig, importance_given: bool, has_sampling: bool) -> Any:
     """The config in C++ terms."""
     native = _C.ObjectiveConfig()
-    native.policy = getattr(_C.PolicyTerm, _POLICY_TERMS[config.loss_type])
+    native.policy = getattr(_C.PolicyTerm, POLICY_TERMS[config.loss_type])
     native.kl = getattr(_C.KlEstimator, config.kl_estimator if config.beta else "none")
     native.kl_times_ratio = config.use_bias_correction_kl
     if importance_given:

@@ -16,9 +16,11 @@ from torch.autograd.function import once_differentiable
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.objectives import Tokens, objective, total_loss
 from grpo_fast.ops.backend import Transform, get_backend
+from grpo_fast.ops.gradients import Gradients, Wanted
 from grpo_fast.ops.lean import lean_backward_pass
-from grpo_fast.ops.passes import Gradients, HeadCall, Wanted, active_rows, backward_pass, forward_pass, objective_pass
+from grpo_fast.ops.passes import backward_pass, forward_pass, objective_pass
 from grpo_fast.ops.planner import row_budget
+from grpo_fast.ops.workspace import HeadCall, active_rows
 from grpo_fast.packing import Segments
 
 

@@ -40,11 +40,21 @@ class RowBudget(NamedTuple):
     Attributes:
         tile_rows: rows of every logits GEMM. It depends on V, H, dtype and workspace, never on T, the plan or the
             compaction, so that all passes over the same weights compute a row with the same instructions.
-        chunk_rows: rows whose logits are held at once, a multiple of `tile_rows`.
+        chunk_rows: rows whose logits are held at once where they fill the workspace, a multiple of `tile_rows`.
+        staged_rows: rows of dx in a buffer of its own beside `num_buffers` tiles of logits, a multiple of `tile_rows`;
+            0 where dx always goes over the logits.
+        num_buffers: tiles of logits beside a staged dx.
     """
 
     tile_rows: int
     chunk_rows: int
+    staged_rows: int = 0
+    num_buffers: int = 1
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a chunk of an objective that couples no rows."""
+        return self.staged_rows or self.chunk_rows
 
 
 def default_workspace_bytes(device: torch.device) -> int:
@@ -62,18 +72,26 @@ def row_budget(
         ValueError: the workspace does not hold the smallest tile.
     """
     engine = get_backend(backend)
-    row_bytes = vocab * max(4, dtype.itemsize)  # a logit is float32, or float64 for float64 inputs
-    scratch = engine.scratch_bytes(vocab, dtype, device)
-    rows = (workspace_bytes - scratch) // row_bytes
-    if rows < MIN_TILE_ROWS:
+    pitch = engine.row_pitch(vocab)
+    row_bytes = pitch * max(4, dtype.itemsize)  # a logit is float32, or float64 for float64 inputs
+    staged_bytes = pitch * dtype.itemsize if engine.stages_dx else 0
+    available = workspace_bytes - engine.scratch_bytes(vocab, dtype, device)
+    least = MIN_TILE_ROWS * (row_bytes + staged_bytes)
+    if available < least:
         raise ValueError(
-            f"workspace_bytes: expected at least {scratch + MIN_TILE_ROWS * row_bytes} for a vocabulary of {vocab} "
+            f"workspace_bytes: expected at least {workspace_bytes - available + least} for a vocabulary of {vocab} "
             f"and backend {backend!r}; got {workspace_bytes}"
         )
-    tile_rows = engine.preferred_tile_rows(dtype, device)
-    while tile_rows > max(rows // 2, MIN_TILE_ROWS):  # two tiles at least: whole tiles leave little room unused
+    preferred = tile_rows = engine.preferred_tile_rows(dtype, device)
+    # Two tiles at least: whole tiles leave little room unused, or half of the room for dx.
+    while tile_rows > max(available // row_bytes // 2, MIN_TILE_ROWS):
         tile_rows //= 2
-    return RowBudget(tile_rows, rows // tile_rows * tile_rows)
+    chunk_rows = available // row_bytes // tile_rows * tile_rows
+    if not engine.stages_dx:
+        return RowBudget(tile_rows, chunk_rows)
+    num_buffers = 2 if 4 * preferred * row_bytes <= available else 1
+    staged_rows = (available - num_buffers * tile_rows * row_bytes) // staged_bytes // tile_rows * tile_rows
+    return RowBudget(tile_rows, chunk_rows, staged_rows, num_buffers)
 
 
 @dataclass(frozen=True)
@@ -141,7 +159,7 @@ def report(plan: str, backend: str, weight: Tensor, budget: RowBudget) -> None:
     if facts not in _reported:
         _reported.add(facts)
         logger.info(
-            "plan %s on backend %s: weight %s %s, tiles of %d rows, chunks of at most %d",
+            "plan %s on backend %s: weight %s %s, tiles of %d rows, chunks of at most %d (dx of %d beside %d tiles)",
             *facts[:2],
             list(weight.shape),
             weight.dtype,
