@@ -104,7 +104,7 @@ def report(configuration: Configuration, arch: int) -> Report:
     """Compiles one configuration and reads its machine code.
 
     Raises:
-        RuntimeError: it does not compile, or cuobjdump is missing or fails.
+        RuntimeError: it does not compile, needs more than a multiprocessor has, or cuobjdump is missing or fails.
     """
     compiled = compile_kernel(configuration, arch)
     text = listing(compiled.asm["cubin"])
@@ -115,6 +115,12 @@ def report(configuration: Configuration, arch: int) -> Report:
             f"{configuration.label} for sm_{arch}: cuobjdump prints no resource usage of {compiled.name}"
         )
     registers, shared = int(usage[1]), compiled.metadata.shared
+    resident = resident_warps(registers, shared, configuration.num_warps, arch)
+    if not resident:
+        raise RuntimeError(
+            f"{configuration.label} for sm_{arch}: a block does not fit, with {shared} bytes of shared memory and "
+            f"{configuration.num_warps} warps of {registers} registers a thread"
+        )
     sweeps: list[sass.Sweep] = []
     if configuration.sweep_bytes is not None:
         loops = sass.main_loops(sass.find_loops(program))
@@ -128,7 +134,7 @@ def report(configuration: Configuration, arch: int) -> Report:
         registers=registers,
         spilled_bytes=int(usage[2]),
         shared_bytes=shared,
-        resident_warps=resident_warps(registers, shared, configuration.num_warps, arch),
+        resident_warps=resident,
         instructions=len(program),
         tensor_cores=" ".join(sass.tensor_core_instructions(program)),
         sweeps=tuple(sweeps),

@@ -204,6 +204,12 @@ def test_a_configuration_that_does_not_compile_is_named() -> None:
     assert "scale" not in str(caught.value)
 
 
+def test_a_block_that_fits_nowhere_is_named(monkeypatch) -> None:
+    monkeypatch.setitem(aot._SHARED_BYTES, 90, 8192)
+    with pytest.raises(RuntimeError, match=r"dot for sm_90: a block does not fit, with \d+ bytes of shared memory"):
+        aot.reports([DOT], [90])
+
+
 def test_the_command_writes_what_it_prints(monkeypatch, capsys, tmp_path) -> None:
     monkeypatch.setattr(aot, "configurations", lambda: iter([scale(), HOARD, BROKEN]))
     files = [f"--json={tmp_path / 'r.json'}", f"--markdown={tmp_path / 'r.md'}"]
@@ -297,6 +303,8 @@ def test_a_launch_without_all_arguments_is_refused() -> None:
         (32, 100 * 1024, 8, 80, 8),
         (32, 100 * 1024, 8, 90, 16),
         (16, 0, 1, 90, 32),  # 32 blocks
+        (32, 163 * 1024, 4, 80, 4),
+        (32, 164 * 1024, 4, 80, 0),  # the driver's own kilobyte is missing
     ],
 )
 def test_resident_warps(registers: int, shared: int, num_warps: int, arch: int, expected: int) -> None:
