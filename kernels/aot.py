@@ -67,14 +67,15 @@ def configurations(modules: Iterable[str] = MODULES) -> Iterator[Configuration]:
     """Every configuration of the named modules of this package.
 
     Raises:
-        ValueError: two of them share a label.
+        ValueError: two of them share a label on one architecture.
     """
-    labels: set[str] = set()
+    seen: set[tuple[str, int]] = set()
     for name in modules:
         for configuration in importlib.import_module(f"{__package__}.{name}").aot_configurations():
-            if configuration.label in labels:
-                raise ValueError(f"{name}: labels must differ, got {configuration.label!r} twice")
-            labels.add(configuration.label)
+            named = {(configuration.label, arch) for arch in configuration.arches}
+            if twice := seen & named:
+                raise ValueError(f"{name}: labels must differ on an architecture, got {sorted(twice)} twice")
+            seen |= named
             yield configuration
 
 

@@ -311,6 +311,17 @@ def test_resident_warps(registers: int, shared: int, num_warps: int, arch: int, 
     assert aot.resident_warps(registers, shared, num_warps, arch) == expected
 
 
+def test_labels_are_unique_on_an_architecture(monkeypatch) -> None:
+    from grpo_fast.kernels import configuration as module  # any module of the package that has none of its own
+
+    both = [replace(scale(), arches=(80,)), replace(scale(), arches=(90,))]
+    monkeypatch.setattr(module, "aot_configurations", lambda: iter(both), raising=False)
+    assert list(aot.configurations(["configuration"])) == both
+    both[1] = replace(scale(), arches=(80, 90))
+    with pytest.raises(ValueError, match=r"labels must differ on an architecture, got .*scale fp32', 80"):
+        list(aot.configurations(["configuration"]))
+
+
 def listing(*instructions: str) -> list[sass.Instruction]:
     return sass.parse("".join(f"        /*{16 * i:04x}*/     {text} ;\n" for i, text in enumerate(instructions)))
 
