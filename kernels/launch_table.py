@@ -63,6 +63,11 @@ def row_launch(num_columns: int, arch: int) -> RowLaunch:
     return next(launch for most, launch in ROW_LAUNCHES[arch] if most is None or num_columns <= most)
 
 
+def arches_of(launch: RowLaunch) -> tuple[int, ...]:
+    """The architectures that use a launch."""
+    return tuple(arch for arch, table in ROW_LAUNCHES.items() if any(other == launch for _, other in table))
+
+
 def num_programs(launch: RowLaunch, num_rows: int, device: torch.device) -> int:
     """Programs that walk over the rows."""
     if device.type != "cuda":

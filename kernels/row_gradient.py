@@ -8,12 +8,15 @@ Rows with g = e = 0 are only written.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from grpo_fast.kernels.configuration import Configuration
 from grpo_fast.kernels.row_sweeps import LOG2_E, row_gradient
-from grpo_fast.kernels.rows import Rows
+from grpo_fast.kernels.rows import Rows, examples
 
 BYTES_PER_LOGIT = {"loads": 4, "stores": 2}
 
@@ -96,3 +99,24 @@ def row_gradient_of(
         IN_PLACE=dx.untyped_storage().data_ptr() == rows.logits.untyped_storage().data_ptr(),
         **rows.arguments(),
     )
+
+
+def aot_configurations() -> Iterator[Configuration]:
+    """Every launch of the table, apart and in place, the latter with an entropy gradient."""
+    for example in examples():
+        for in_place in (False, True):
+            dx = example.dx()
+            arguments = {name: example.per_row() for name in ("lse", "entropy", "g")} | {
+                "dx": dx,
+                "dx_stride": dx.stride(0),
+                "e": example.per_row() if in_place else None,
+                "vocab_start": 0,
+                "IN_PLACE": in_place,
+            }
+            yield Configuration.of_launch(
+                f"row_gradient, {example.label}{', in place, entropy' if in_place else ''}",
+                _row_gradient_kernel,
+                example.arguments() | arguments,
+                arches=example.arches,
+                sweep_bytes=6 if example.full else 4,
+            )

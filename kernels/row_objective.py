@@ -9,7 +9,7 @@ instructions.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from grpo_fast.kernels.configuration import Configuration
 from grpo_fast.kernels.objective import CORRECTIONS, KL_ESTIMATORS, POLICIES, objective_slope
 from grpo_fast.kernels.row_sweeps import LN_2, row_gradient, row_statistics, target_y
-from grpo_fast.kernels.rows import Rows
+from grpo_fast.kernels.rows import Example, Rows, examples
 
 BYTES_PER_LOGIT = {"loads": 8, "stores": 2}
 
@@ -176,3 +177,49 @@ def row_objective_of(
             **rows.arguments(),
         )
     return logprobs, entropy, live.view(torch.bool)
+
+
+_OPTIONAL = ("old_logprobs", "ref_logprobs", "sampling_logprobs", "importance", "entropy_gradient", "grad_scale")
+# policy, KL, times ratio, correction, which optional tensors are given
+_VARIANTS: tuple[tuple[str, str, bool, str, tuple[str, ...]], ...] = (
+    ("clipped", "none", True, "none", ("old_logprobs",)),
+    ("cispo", "k1", True, "token_truncate", ("old_logprobs", "ref_logprobs", "sampling_logprobs")),
+    ("sapo", "k2", False, "weight", ("ref_logprobs", "importance", "grad_scale")),
+    ("dppo", "k3", True, "token_mask", ("old_logprobs", "ref_logprobs", "sampling_logprobs", "entropy_gradient")),
+    ("ppo_dual", "k3", False, "none", ("old_logprobs", "ref_logprobs", "entropy_gradient", "grad_scale")),
+    ("reinforce", "none", False, "none", ()),
+)
+
+
+def _example_launch(example: Example, variant: int, *, in_place: bool) -> Configuration:
+    policy, kl, kl_times_ratio, correction, given = _VARIANTS[variant]
+    dx = example.dx()
+    results = {"logprobs": example.per_row(), "entropy": example.per_row(), "live": example.per_row(torch.uint8)}
+    arguments = {name: example.per_row() if name in given else None for name in _OPTIONAL} | {
+        "dx": dx,
+        "dx_stride": dx.stride(0),
+        "weights": example.per_row(),
+        "advantages": example.per_row(),
+        "parameters": example.per_row(),
+        "POLICY": policy,
+        "KL": kl,
+        "KL_TIMES_RATIO": kl_times_ratio,
+        "CORRECTION": correction,
+        "IN_PLACE": in_place,
+    }
+    return Configuration.of_launch(
+        f"row_objective, {policy}, {example.label}{', in place' if in_place else ''}",
+        _row_objective_kernel,
+        example.arguments() | results | arguments,
+        arches=example.arches,
+        sweep_bytes=6 if example.full else 4,
+    )
+
+
+def aot_configurations() -> Iterator[Configuration]:
+    """Every launch of the table with the plain objective and with the one that keeps most; each objective once."""
+    for example in examples():
+        yield _example_launch(example, 3 if example.full else 0, in_place=example.full)
+        if not example.full and example.launch.lanes == 512:
+            for variant in range(1, len(_VARIANTS)):
+                yield _example_launch(example, variant, in_place=False)

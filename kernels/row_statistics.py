@@ -5,13 +5,16 @@ Bytes per logit: 4 read (2 from bf16), nothing written. Arithmetic: 1.25 exponen
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from grpo_fast.kernels.configuration import Configuration
 from grpo_fast.kernels.row_sweeps import LN_2, row_statistics, target_y
-from grpo_fast.kernels.rows import Rows
+from grpo_fast.kernels.rows import Rows, examples
 
 BYTES_PER_LOGIT = {"loads": 4, "stores": 0}
 
@@ -54,3 +57,16 @@ def row_statistics_of(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     if rows.num_rows:
         _row_statistics_kernel[rows.grid()](logprobs=logprobs, entropy=entropy, lse=lse, **rows.arguments())
     return logprobs, entropy, lse
+
+
+def aot_configurations() -> Iterator[Configuration]:
+    """Every launch of the table."""
+    for example in examples():
+        results = {name: example.per_row() for name in ("logprobs", "entropy", "lse")}
+        yield Configuration.of_launch(
+            f"row_statistics, {example.label}",
+            _row_statistics_kernel,
+            example.arguments() | results,
+            arches=example.arches,
+            sweep_bytes=6 if example.full else 4,
+        )

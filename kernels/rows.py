@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import log
 from typing import Any
@@ -9,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.kernels.launch_table import RowLaunch, architecture, num_programs, row_launch
+from grpo_fast.kernels.launch_table import (
+    ROW_LAUNCHES,
+    RowLaunch,
+    arches_of,
+    architecture,
+    num_programs,
+    row_launch,
+)
 
 
 @dataclass(frozen=True)
@@ -55,11 +63,11 @@ class Rows:
         """`[R]` float32, or None for a number."""
         return self.temperature.float().contiguous() if isinstance(self.temperature, Tensor) else None
 
-    def arguments(self) -> dict[str, Any]:
+    def arguments(self, launch: RowLaunch | None = None) -> dict[str, Any]:
         """What every row kernel is told; scale, cap_scale and slope of row_sweeps.py, for temperature 1 if by row."""
         temperature = 1.0 if isinstance(self.temperature, Tensor) else self.temperature
         top = self.logit_scale if self.softcap is None else self.softcap
-        launch = self.launch()
+        launch = launch or self.launch()
         return {
             "logits": self.logits,
             "row_stride": self.logits.stride(0),
@@ -84,3 +92,46 @@ class Rows:
             return self.logits.view(dtype)
         start = self.num_columns // 8 * 8
         return self.logits.view(dtype)[:, start : start + self.num_columns]
+
+
+# -- without a GPU ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Example:
+    """Rows on the meta device as some launch of the table gets them; `full` has every option of the head."""
+
+    label: str
+    rows: Rows
+    full: bool
+    launch: RowLaunch
+    arches: tuple[int, ...]
+
+    def per_row(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`[R]`."""
+        return torch.empty(self.rows.num_rows, dtype=dtype, device="meta")
+
+    def dx(self) -> Tensor:
+        """`[R, V]` bf16."""
+        return torch.empty(self.rows.num_rows, self.rows.logits.stride(0), dtype=torch.bfloat16, device="meta")
+
+    def arguments(self) -> dict[str, Any]:
+        return self.rows.arguments(self.launch)
+
+
+def examples() -> Iterator[Example]:
+    """Each launch of the table with the longest rows that it serves (151936 where there is no end), plain and full."""
+    launches = {launch: most or 151936 for table in ROW_LAUNCHES.values() for most, launch in table}
+    for launch, vocab in launches.items():
+        for full in (False, True):
+            targets = torch.empty(64, dtype=torch.int64, device="meta")
+            logits = torch.empty(64, vocab, device="meta")
+            rows = Rows(logits, targets)
+            if full:
+                bias, temperature = (
+                    torch.empty(vocab, dtype=torch.bfloat16, device="meta"),
+                    torch.empty(64, device="meta"),
+                )
+                rows = Rows(logits, targets, bias, softcap=30.0, temperature=temperature)
+            label = f"lanes {launch.lanes}{', bias, soft cap, row temperatures' if full else ''}"
+            yield Example(label, rows, full, launch, arches_of(launch))
