@@ -1,10 +1,11 @@
-"""Every backend on a CUDA device: the oracle matrix in all dtypes, full shapes, memory, bits, waits, streams, graphs."""
+"""Backends on a CUDA device: the oracle matrix in all dtypes, full shapes, memory, bits, waits, streams, graphs."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -230,6 +231,6 @@ def test_compute_sanitizer(tool: str, backend: str) -> None:
     code = SANITIZED.format(backend=backend)
     done = subprocess.run(
         [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", code],
-        capture_output=True, text=True, check=False,
+        capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]

@@ -1,4 +1,4 @@
-"""The triton backend without a GPU: when it is there, how many rows its workspace holds, how two streams are ordered."""
+"""The triton backend without a GPU: when it is there, what its workspace holds, how two streams are ordered."""
 
 from __future__ import annotations
 

@@ -126,8 +126,10 @@ class TritonBackend(TorchBackend):
         if config.entropy_coef != 0:
             entropy_gradient = -config.entropy_coef / tokens.num_active.float().clamp(min=1).reshape(1)
         scale = None
-        if isinstance(grad_scale, Tensor) or grad_scale != 1:
-            scale = torch.as_tensor(grad_scale, dtype=torch.float32, device=logits.device).reshape(1)
+        if isinstance(grad_scale, Tensor):
+            scale = grad_scale.float().reshape(1)
+        elif grad_scale != 1:
+            scale = torch.full((1,), grad_scale, device=logits.device)  # a fill: a copy would wait for the device
         logprobs, entropy, live = row_objective_of(
             rows,
             _objective(config, tokens.importance is not None, tokens.sampling_logprobs is not None, logits.device),
