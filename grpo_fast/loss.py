@@ -103,7 +103,8 @@ def token_logprobs(
         entropy: whether to return entropies.
         loss_mask: `[...]` bool or integer; rows where it is 0 are not computed: their results are 0.
         main_grad: `[V, H]` float32; the weight's gradient is added to it instead of being returned.
-        backend: "auto" or a backend's name. plan: "auto", "frozen_head", "recompute" or "lean".
+        backend: "auto" or a backend's name. plan: "auto", "frozen_head", "recompute", "lean",
+            or without gradients "fused_forward".
         workspace_bytes: cap on temporary memory; default 1 GiB on a GPU, 256 MiB elsewhere.
 
     Raises:

@@ -40,7 +40,7 @@ def _row_gradient_kernel(
     scale,
     cap_scale,
     slope,
-    SOFTCAP: tl.constexpr,
+    TRANSFORM: tl.constexpr,
     IN_PLACE: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -69,7 +69,7 @@ def _row_gradient_kernel(
             tl.load(entropy + row),
             g_row,
             e_row,
-            SOFTCAP,
+            TRANSFORM,
             e is not None,
             IN_PLACE,
             LANES,

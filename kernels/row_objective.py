@@ -77,7 +77,7 @@ def _row_objective_kernel(
     KL: tl.constexpr,
     KL_TIMES_RATIO: tl.constexpr,
     CORRECTION: tl.constexpr,
-    SOFTCAP: tl.constexpr,
+    TRANSFORM: tl.constexpr,
     IN_PLACE: tl.constexpr,
     LANES: tl.constexpr,
 ):
@@ -90,10 +90,10 @@ def _row_objective_kernel(
             temperature = tl.load(row_temperature + row)
             row_scale = scale / temperature
             row_slope = slope / temperature
-        highest, log_total, entropy2 = row_statistics(x, bias, num_columns, row_scale, cap_scale, SOFTCAP, LANES)
+        highest, log_total, entropy2 = row_statistics(x, bias, num_columns, row_scale, cap_scale, TRANSFORM, LANES)
         target = tl.load(targets + row)
         inside = (target >= 0) & (target < num_columns)
-        own = target_y(x, bias, tl.where(inside, target, 0), cap_scale, SOFTCAP)
+        own = target_y(x, bias, tl.where(inside, target, 0), cap_scale, TRANSFORM)
         logprob = ((own - highest) * row_scale - log_total) * LN_2
         row_entropy = entropy2 * LN_2
         g = tl.load(weights + row) * objective_slope(
@@ -132,7 +132,7 @@ def _row_objective_kernel(
             row_entropy,
             g,
             e,
-            SOFTCAP,
+            TRANSFORM,
             entropy_gradient is not None,
             IN_PLACE,
             LANES,

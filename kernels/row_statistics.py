@@ -34,7 +34,7 @@ def _row_statistics_kernel(
     scale,
     cap_scale,
     slope,
-    SOFTCAP: tl.constexpr,
+    TRANSFORM: tl.constexpr,
     LANES: tl.constexpr,
 ):
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
@@ -42,10 +42,10 @@ def _row_statistics_kernel(
         row_scale = scale
         if row_temperature is not None:
             row_scale = scale / tl.load(row_temperature + row)
-        highest, log_total, entropy2 = row_statistics(x, bias, num_columns, row_scale, cap_scale, SOFTCAP, LANES)
+        highest, log_total, entropy2 = row_statistics(x, bias, num_columns, row_scale, cap_scale, TRANSFORM, LANES)
         target = tl.load(targets + row)
         inside = (target >= 0) & (target < num_columns)
-        own = target_y(x, bias, tl.where(inside, target, 0), cap_scale, SOFTCAP)
+        own = target_y(x, bias, tl.where(inside, target, 0), cap_scale, TRANSFORM)
         tl.store(logprobs + row, ((own - highest) * row_scale - log_total) * LN_2)
         tl.store(entropy + row, entropy2 * LN_2)
         tl.store(lse + row, (highest * row_scale + log_total) * LN_2)

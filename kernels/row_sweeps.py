@@ -2,10 +2,12 @@
 
 Legend: R rows of a chunk, V columns, x raw products `[R, V]` (float32, bf16 or fp16), u = x + bias.
 
-    z_v = transform(u_v) / temperature = c u_v            without soft cap: c = logit_scale / temperature
-                                       = c tanh(k u_v)    with: c = softcap / temperature, k = logit_scale / softcap
+    z_v = transform(u_v) / temperature = c y_v with c > 0
 
-Exponentials are powers of two: with C = c log2 e and m the largest y (y = u or tanh(k u)), d_v = C (y_v - m) <= 0,
+    y = u, or -u for a negative scale    c = |logit_scale| / temperature
+    y = tanh(k u) with a soft cap        c = softcap / temperature, k = logit_scale / softcap
+
+Exponentials are powers of two: with C = c log2 e and m the largest y, d_v = C (y_v - m) <= 0,
 
     s = sum 2^d      t = sum 2^d d      lse = (C m + log2 s) ln 2      logprob_v = (d_v - log2 s) ln 2
                                                                        entropy = (log2 s - t / s) ln 2
@@ -42,7 +44,18 @@ def _tanh(x):
 
 
 @triton.jit
-def block_y(x, bias, offsets, mask, cap_scale, SOFTCAP: tl.constexpr, MASKED: tl.constexpr):
+def _transform(u, cap_scale, TRANSFORM: tl.constexpr):
+    """y of u: "none", "negate" (a negative logit_scale: the largest y must be the largest z) or "softcap"."""
+    if TRANSFORM == "softcap":
+        return _tanh(u * cap_scale)
+    elif TRANSFORM == "negate":
+        return -u
+    else:
+        return u
+
+
+@triton.jit
+def block_y(x, bias, offsets, mask, cap_scale, TRANSFORM: tl.constexpr, MASKED: tl.constexpr):
     """y `[N, 4]` float32 of raw products at `offsets` (x points at the row); -inf outside the mask."""
     if MASKED:
         y = tl.load(x + offsets, mask=mask, other=-float("inf")).to(tl.float32)
@@ -52,10 +65,9 @@ def block_y(x, bias, offsets, mask, cap_scale, SOFTCAP: tl.constexpr, MASKED: tl
         y = tl.load(x + offsets).to(tl.float32)
         if bias is not None:
             y += tl.load(bias + offsets).to(tl.float32)
-    if SOFTCAP:
-        y = _tanh(y * cap_scale)
-        if MASKED:
-            y = tl.where(mask, y, -float("inf"))
+    y = _transform(y, cap_scale, TRANSFORM)
+    if MASKED and TRANSFORM != "none":
+        y = tl.where(mask, y, -float("inf"))
     return y
 
 
@@ -79,7 +91,7 @@ def block_offsets(LANES: tl.constexpr):
 
 
 @triton.jit
-def row_statistics(x, bias, num_columns, scale, cap_scale, SOFTCAP: tl.constexpr, LANES: tl.constexpr):
+def row_statistics(x, bias, num_columns, scale, cap_scale, TRANSFORM: tl.constexpr, LANES: tl.constexpr):
     """(m, log2 s, log2 s - t / s) of a row, the last its entropy in bits. `scale` is C."""
     offsets = block_offsets(LANES)
     m = tl.full([LANES], LOWEST, tl.float32)
@@ -87,11 +99,11 @@ def row_statistics(x, bias, num_columns, scale, cap_scale, SOFTCAP: tl.constexpr
     t = tl.zeros([LANES], tl.float32)
     whole = num_columns // (4 * LANES) * (4 * LANES)
     for start in range(0, whole, 4 * LANES):
-        y = block_y(x + start, None if bias is None else bias + start, offsets, None, cap_scale, SOFTCAP, False)
+        y = block_y(x + start, None if bias is None else bias + start, offsets, None, cap_scale, TRANSFORM, False)
         m, s, t = _accumulate(y, scale, m, s, t)
     if whole < num_columns:
         mask = offsets < num_columns - whole
-        y = block_y(x + whole, None if bias is None else bias + whole, offsets, mask, cap_scale, SOFTCAP, True)
+        y = block_y(x + whole, None if bias is None else bias + whole, offsets, mask, cap_scale, TRANSFORM, True)
         m, s, t = _accumulate(y, scale, m, s, t)
     highest = tl.max(m, axis=0)
     shift = tl.maximum((m - highest) * scale, LOWEST)
@@ -103,18 +115,16 @@ def row_statistics(x, bias, num_columns, scale, cap_scale, SOFTCAP: tl.constexpr
 
 
 @triton.jit
-def target_y(x, bias, column, cap_scale, SOFTCAP: tl.constexpr):
+def target_y(x, bias, column, cap_scale, TRANSFORM: tl.constexpr):
     """y of one column."""
     y = tl.load(x + column).to(tl.float32)
     if bias is not None:
         y += tl.load(bias + column).to(tl.float32)
-    if SOFTCAP:
-        y = _tanh(y * cap_scale)
-    return y
+    return _transform(y, cap_scale, TRANSFORM)
 
 
 @triton.jit
-def _dx(y, lse2, scale, g, e, entropy, slope, SOFTCAP: tl.constexpr, HAS_E: tl.constexpr):
+def _dx(y, lse2, scale, g, e, entropy, slope, TRANSFORM: tl.constexpr, HAS_E: tl.constexpr):
     """-p (g + e (log p + entropy)) times d z / d x."""
     log2_p = y * scale - lse2
     p = tl.exp2(log2_p)
@@ -122,7 +132,7 @@ def _dx(y, lse2, scale, g, e, entropy, slope, SOFTCAP: tl.constexpr, HAS_E: tl.c
         dz = p * (-g - e * (tl.maximum(log2_p, LOWEST) * LN_2 + entropy))
     else:
         dz = p * -g
-    if SOFTCAP:
+    if TRANSFORM == "softcap":
         dz *= 1 - y * y
     return dz * slope
 
@@ -141,7 +151,7 @@ def row_gradient(
     entropy,
     g,
     e,
-    SOFTCAP: tl.constexpr,
+    TRANSFORM: tl.constexpr,
     HAS_E: tl.constexpr,
     IN_PLACE: tl.constexpr,
     LANES: tl.constexpr,
@@ -161,27 +171,27 @@ def row_gradient(
         _fill_zero(dx, num_columns, LANES)
     else:
         inside = (target >= 0) & (target < num_columns)
-        own = target_y(x, bias, tl.where(inside, target, 0), cap_scale, SOFTCAP)
+        own = target_y(x, bias, tl.where(inside, target, 0), cap_scale, TRANSFORM)
         offsets = block_offsets(LANES)
         whole = num_columns // (4 * LANES) * (4 * LANES)
         if whole < num_columns:
             mask = offsets < num_columns - whole
-            y = block_y(x + whole, None if bias is None else bias + whole, offsets, mask, cap_scale, SOFTCAP, True)
-            dz = _dx(y, lse2, scale, g, e, entropy, slope, SOFTCAP, HAS_E)
+            y = block_y(x + whole, None if bias is None else bias + whole, offsets, mask, cap_scale, TRANSFORM, True)
+            dz = _dx(y, lse2, scale, g, e, entropy, slope, TRANSFORM, HAS_E)
             if IN_PLACE:
                 tl.debug_barrier()
             tl.store(dx + whole + offsets, dz.to(dx.dtype.element_ty), mask=mask)
         for back in range(4 * LANES, whole + 4 * LANES, 4 * LANES):
             start = whole - back
-            y = block_y(x + start, None if bias is None else bias + start, offsets, None, cap_scale, SOFTCAP, False)
-            dz = _dx(y, lse2, scale, g, e, entropy, slope, SOFTCAP, HAS_E)
+            y = block_y(x + start, None if bias is None else bias + start, offsets, None, cap_scale, TRANSFORM, False)
+            dz = _dx(y, lse2, scale, g, e, entropy, slope, TRANSFORM, HAS_E)
             if IN_PLACE:
                 tl.debug_barrier()
             tl.store(dx + start + offsets, dz.to(dx.dtype.element_ty))
         tl.debug_barrier()  # the target's column has been written by another thread
-        dz = _dx(own, lse2, scale, g, e, entropy, slope, SOFTCAP, HAS_E)
+        dz = _dx(own, lse2, scale, g, e, entropy, slope, TRANSFORM, HAS_E)
         one_hot = g * slope
-        if SOFTCAP:
+        if TRANSFORM == "softcap":
             one_hot *= 1 - own * own
         tl.store(dx + target, (dz + one_hot).to(dx.dtype.element_ty), mask=inside)
 

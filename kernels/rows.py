@@ -66,7 +66,8 @@ class Rows:
     def arguments(self, launch: RowLaunch | None = None) -> dict[str, Any]:
         """What every row kernel is told; scale, cap_scale and slope of row_sweeps.py, for temperature 1 if by row."""
         temperature = 1.0 if isinstance(self.temperature, Tensor) else self.temperature
-        top = self.logit_scale if self.softcap is None else self.softcap
+        top = abs(self.logit_scale) if self.softcap is None else self.softcap
+        plain = "negate" if self.logit_scale < 0 else "none"
         launch = launch or self.launch()
         return {
             "logits": self.logits,
@@ -79,7 +80,7 @@ class Rows:
             "scale": top / temperature / log(2),
             "cap_scale": 0.0 if self.softcap is None else self.logit_scale / self.softcap,
             "slope": self.logit_scale / temperature,
-            "SOFTCAP": self.softcap is not None,
+            "TRANSFORM": plain if self.softcap is None else "softcap",
             "LANES": launch.lanes,
             "num_warps": launch.num_warps,
         }

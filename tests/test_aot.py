@@ -49,7 +49,7 @@ def test_a_configuration_keeps_its_budget(configuration: Configuration) -> None:
         assert rows[max(rows)].sweeps, "no loop over the logits"
     for sweep in rows[90].sweeps if 90 in rows else ():
         assert sweep.instructions <= MAX_INSTRUCTIONS
-        assert sweep.mufu <= MAX_MUFU + SOFTCAP_MUFU * bool(configuration.constexprs.get("SOFTCAP"))
+        assert sweep.mufu <= MAX_MUFU + SOFTCAP_MUFU * (configuration.constexprs["TRANSFORM"] == "softcap")
         assert sweep.local == 0
         # Four logits a thread: 16 bytes of float32, and 8 of what is half as wide.
         assert min([*sweep.loads, *sweep.stores]) >= 8

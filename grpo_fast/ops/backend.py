@@ -62,6 +62,8 @@ class Backend(ABC):
     stages_dx: bool = False
     """Whether dx goes to memory of its own where it can, so that the backward GEMMs span several tiles of logits."""
 
+    has_fused_forward: bool = False
+
     @abstractmethod
     def why_unavailable(self, device: torch.device) -> str | None:
         """None if the backend runs on `device`; otherwise the reason, and how to get it."""
@@ -160,6 +162,12 @@ class Backend(ABC):
         g, e = g * grad_scale, None if e is None else e * grad_scale
         dx = self.gradient(logits, targets, lse, entropy, g, e, transform, dtype=dtype, out=out)
         return dx, logprobs, entropy, live
+
+    def fused_forward(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, transform: Transform
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(logprobs, entropy, lse) `[T]` without logits in memory, for backends with `has_fused_forward`."""
+        raise NotImplementedError(f"{self.name} has no fused forward")
 
 
 @contextmanager

@@ -102,22 +102,22 @@ def forward_op(
     softcap: float | None,
     backend: str,
     workspace_bytes: int,
-    unit_gradient: bool,
+    plan: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logprobs, entropy, lse `[T]` and the unit gradient `[T, H]` (empty unless asked for)."""
+    """logprobs, entropy, lse `[T]` and the unit gradient `[T, H]` (of the plan `frozen_head`; else empty)."""
     args = HeadArgs(
         targets, row_temperature, active, num_rows, temperature, logit_scale, softcap, backend, workspace_bytes
     )
     with torch.autocast(hidden.device.type, enabled=False):
         call = _head_call(hidden, weight, bias, args)
-        logprobs, entropy, lse, unit = forward_pass(call, unit_gradient=unit_gradient)
+        logprobs, entropy, lse, unit = forward_pass(call, plan)
     return logprobs, entropy, lse, _or_nothing(unit, hidden)
 
 
 @forward_op.register_fake
 def _(hidden, weight, bias, targets, *args):  # type: ignore[no-untyped-def]
     rows = [_accumulator_zeros(hidden) for _ in range(3)]
-    return (*rows, torch.empty_like(hidden) if args[-1] else hidden.new_empty(0))
+    return (*rows, torch.empty_like(hidden) if args[-1] == "frozen_head" else hidden.new_empty(0))
 
 
 @torch.library.custom_op("grpo_fast::backward", mutates_args={"main_grad"})
@@ -222,7 +222,7 @@ class Logprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, main_grad, plan, *args):  # type: ignore[no-untyped-def,override]
-        logprobs, entropy, lse, unit = forward_op(hidden, weight, bias, *args, plan == "frozen_head")
+        logprobs, entropy, lse, unit = forward_op(hidden, weight, bias, *args, plan)
         ctx.save_for_backward(hidden, weight, bias, lse, entropy, unit, *args[:3])
         # Not a saved tensor: other micro-batches add to it before this one's backward runs.
         ctx.main_grad = main_grad

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.objectives import Tokens, couples_tokens, needs_every_row
-from grpo_fast.ops.backend import resolve_backend
+from grpo_fast.ops.backend import get_backend, resolve_backend
 from grpo_fast.ops.functions import FusedObjective, HeadArgs, Logprobs, forward_op
 from grpo_fast.ops.planner import Demand, choose_plan, default_workspace_bytes, report, row_budget
 
@@ -106,6 +106,7 @@ class HeadLaunch:
             couples_sequences=couples_sequences,
             entropy_grad=entropy_grad,
             longest=longest,
+            fused_forward=plan == "fused_forward" and get_backend(self.args.backend).has_fused_forward,
         )
         weight = self.weight
         budget = row_budget(self.args.backend, *weight.shape, weight.dtype, weight.device, self.args.workspace_bytes)
@@ -117,9 +118,10 @@ class HeadLaunch:
                 self.args = self.args._replace(num_rows=int(active.sum()))  # the call's one wait for the device
 
     def logprobs(self, main_grad: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(logprobs, entropy) `[T]`, differentiable unless the plan is `forward`."""
-        if self.plan == "forward":
-            return forward_op(self.hidden.detach(), self.weight.detach(), _detached(self.bias), *self.args, False)[:2]
+        """(logprobs, entropy) `[T]`, differentiable unless the plan is `forward` or `fused_forward`."""
+        if self.plan.endswith("forward"):
+            weight, bias = self.weight.detach(), _detached(self.bias)
+            return forward_op(self.hidden.detach(), weight, bias, *self.args, self.plan)[:2]
         result: tuple[Tensor, Tensor] = Logprobs.apply(
             self.hidden, self.weight, self.bias, main_grad, self.plan, *self.args
         )

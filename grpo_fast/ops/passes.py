@@ -6,7 +6,7 @@ One token's way: its hidden state is gathered into a chunk -> `backend.logits` -
 objective) -> `backend.gradient` -> `backend.grad_hidden` and `grad_weight`. Every plan is this loop, cut at a different
 place (workspace.py says what a chunk and a piece of it are):
 
-    forward       logits, statistics
+    forward       logits, statistics                                    (fused_forward: the two in one kernel)
     frozen_head   logits, statistics, unit gradient, grad_hidden        (the backward is a row scaling)
     single_pass,
     resident      logits, objective_rows, grad_hidden, grad_weight
@@ -32,8 +32,8 @@ RowFunction = Callable[[Piece], tuple[Tensor, Tensor]]
 """From a piece to its dx `[r, V]` and which of its rows are live `[r]`."""
 
 
-def forward_pass(call: HeadCall, *, unit_gradient: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Statistics of the rows: (logprobs, entropy, lse) `[T]`, and u `[T, H]` = d logprob_t / d hidden_t if asked."""
+def forward_pass(call: HeadCall, plan: str) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Statistics of the rows: (logprobs, entropy, lse) `[T]`; `frozen_head` adds d logprob_t / d hidden_t `[T, H]`."""
     dtype = call.accumulator
     whole = [call.hidden.new_zeros(call.hidden.shape[0], dtype=dtype) for _ in range(3)]
     logprobs, entropy, lse = whole
@@ -43,7 +43,15 @@ def forward_pass(call: HeadCall, *, unit_gradient: bool) -> tuple[Tensor, Tensor
         for result, part in zip(whole, parts, strict=True):
             result[piece.index] = part
 
-    if not unit_gradient:
+    if plan == "fused_forward":
+        index = call.select(0, call.num_rows)
+        transform = call.transform.rows(index)
+        parts = call.backend.fused_forward(call.hidden[index], call.weight, call.targets[index], transform)
+        for result, part in zip(whole, parts, strict=True):
+            result[index] = part
+        return logprobs, entropy, lse, None
+
+    if plan != "frozen_head":
         by_tile, rows = call.budget.staged_rows > 0, call.budget.rows_at_once
         workspace = Workspace(call, min(call.num_rows, rows), by_tile=by_tile, with_dx=False)
         for start, stop in boundaries(call.num_rows, rows):

@@ -10,6 +10,12 @@ Legend: T tokens (rows), H hidden size, V vocabulary, R rows of a chunk.
 | `recompute`   | always                                                    | 8 T H V    |
 | `lean`        | always; recompute without a float32 `[V, H]` accumulator  | 8 T H V    |
 | `forward`     | nothing needs a gradient                                  | 2 T H V    |
+| `fused_forward` | on request, nothing needs a gradient                    | 2 T H V    |
+
+`fused_forward` (backend triton) takes the statistics inside the product and never writes a logit. It sums in another
+order than the library's GEMM, so that a pass compared with a gradient pass, as old logprobs are, would no longer agree
+with it bit for bit: "auto" never takes it, a caller may for reference logprobs. Predicted on an H200: ahead where H is
+below about 1700 (kernels/PREDICTIONS.md); not measured.
 
 `resident` is `single_pass` on chunks of whole sequences: a chunk's float32 logits stay until the sequence-level
 quantities of its rows are known. (Keeping logits rather than unscaled gradients lets one pair of row functions serve
@@ -29,7 +35,7 @@ from grpo_fast.ops.backend import get_backend
 
 logger = logging.getLogger("grpo_fast")
 
-PLANS = ("single_pass", "frozen_head", "resident", "recompute", "lean")
+PLANS = ("single_pass", "frozen_head", "resident", "recompute", "lean", "fused_forward")
 MIN_TILE_ROWS = 16
 _reported: set[tuple[object, ...]] = set()
 
@@ -103,6 +109,7 @@ class Demand:
         couples_tokens, couples_sequences: of the objective; both True when it is not known (`token_logprobs`).
         entropy_grad: the entropy is known to need a gradient.
         longest: rows of the longest sequence, or None if the host does not know it.
+        fused_forward: whether the backend has that plan.
     """
 
     needs_grad: bool
@@ -111,6 +118,7 @@ class Demand:
     couples_sequences: bool
     entropy_grad: bool
     longest: int | None
+    fused_forward: bool
 
 
 def choose_plan(plan: str, demand: Demand, budget: RowBudget) -> str:
@@ -125,7 +133,7 @@ def choose_plan(plan: str, demand: Demand, budget: RowBudget) -> str:
     if obstacle is not None:
         raise ValueError(f"plan: {plan!r} cannot serve this call: {obstacle}")
     if not demand.needs_grad:
-        return "forward"
+        return "fused_forward" if plan == "fused_forward" else "forward"
     if plan != "auto":
         return plan
     # With an entropy gradient the frozen head would have to recompute: 6 T H V at best.
@@ -138,6 +146,11 @@ def _obstacle(plan: str, demand: Demand, budget: RowBudget) -> str | None:
     """Why `plan` cannot serve the call, or None."""
     if plan == "single_pass" and demand.couples_tokens:
         return "the objective couples tokens, so a row's gradient is not known when its logits are"
+    if plan == "fused_forward":
+        if demand.needs_grad:
+            return "it keeps nothing for a backward, and hidden or weight needs a gradient; use torch.no_grad()"
+        if not demand.fused_forward:
+            return "only the backend 'triton' has it"
     if plan == "frozen_head" and demand.needs_grad and demand.needs_weight_grad:
         return "weight or bias needs a gradient"
     if plan == "resident":

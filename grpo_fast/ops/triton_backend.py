@@ -33,6 +33,7 @@ class TritonBackend(TorchBackend):
 
     name = "triton"
     stages_dx = True
+    has_fused_forward = True
 
     def why_unavailable(self, device: torch.device) -> str | None:
         if find_spec("triton") is None:
@@ -98,6 +99,21 @@ class TritonBackend(TorchBackend):
         dx = rows.dx(dtype) if out is None else out
         row_gradient_of(rows, lse, entropy, g, e, dx, vocab_start=vocab_start)
         return dx
+
+    def fused_forward(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, transform: Transform
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        from grpo_fast.kernels.forward_logprobs import forward_logprobs
+
+        return forward_logprobs(
+            hidden,
+            weight,
+            targets,
+            bias=transform.bias,
+            logit_scale=transform.head.logit_scale,
+            softcap=transform.head.softcap,
+            temperature=transform.temperature,
+        )
 
     def objective_rows(
         self,

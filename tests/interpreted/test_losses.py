@@ -102,6 +102,34 @@ def test_runs_repeat_bit_for_bit(plan: str) -> None:
     assert all(torch.equal(first_grads[name], second_grads[name]) for name in first_grads)
 
 
+@pytest.mark.parametrize("softcap", [None, 10.0])
+def test_negative_logit_scale(softcap: float | None) -> None:
+    case = make_case(6, LENGTHS, bias=True, logit_scale=-0.5, softcap=softcap)
+    config = LossConfig(entropy_coef=0.05)
+    expected, gradients = oracle(case, config)
+    for plan in ("single_pass", "lean"):
+        out, actual = run(case, config, plan=plan)
+        assert_close("loss", out.loss, expected.loss)
+        for name, gradient in gradients.items():
+            assert_close(f"{plan} grad {name}", actual[name], gradient)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_fused_forward(dtype: torch.dtype) -> None:
+    """Without gradients only, masked rows left out; the oracle's numbers."""
+    case = make_case(7, LENGTHS, dtype=dtype, bias=True, softcap=20.0, temperature=0.8, vocab=1000)
+    head = HeadConfig(softcap=20.0)
+    options = {"bias": case.bias, "temperature": 0.8, "head": head, "loss_mask": case.loss_mask}
+    with torch.no_grad():
+        out = token_logprobs(case.hidden, case.weight, case.targets, plan="fused_forward", **options)
+    kept = case.loss_mask
+    for ours, exact in ((out.logprobs, case.logprobs), (out.entropy, case.entropy)):
+        assert (ours - exact)[kept].square().mean().sqrt() <= 1e-5
+        assert not ours[~kept].any()
+    with pytest.raises(ValueError, match=r"'fused_forward' cannot serve this call: it keeps nothing for a backward"):
+        token_logprobs(case.hidden.requires_grad_(), case.weight, case.targets, plan="fused_forward", **options)
+
+
 def test_temperatures_by_row() -> None:
     case = make_case(4, LENGTHS, bias=True, softcap=10.0, logit_scale=0.7)
     temperature = torch.linspace(0.5, 1.5, case.targets.numel())
