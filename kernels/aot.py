@@ -94,7 +94,11 @@ def compile_kernel(configuration: Configuration, arch: int) -> Any:
         constexprs=configuration.constexprs,
         attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in configuration.divisible},
     )
-    options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages}
+    options = {
+        "num_warps": configuration.num_warps,
+        "num_stages": configuration.num_stages,
+        "enable_fp_fusion": configuration.enable_fp_fusion,
+    }
     try:
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # whatever pass or tool it comes from, the label is what finds it

@@ -14,6 +14,7 @@ from torch import Tensor
 
 ARCHES = (80, 90, 100)
 
+_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 _TYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -34,8 +35,8 @@ class Configuration:
 
     `signature` gives the run-time arguments their Triton types ("*fp32", "i32", ...) and `constexprs` the others their
     values; a pointer that is absent is the constexpr None. `divisible` names the arguments that the launcher sees to be
-    multiples of 16 (pointers: aligned to 16 bytes), which is what Triton finds out itself at a launch. `num_warps` and
-    `num_stages` default to what Triton launches with.
+    multiples of 16 (pointers: aligned to 16 bytes), which is what Triton finds out itself at a launch. `num_warps`,
+    `num_stages` and `enable_fp_fusion` default to what Triton launches with.
 
     `sweep_bytes`: bytes that the main loops load for one logit (4: an fp32 logit and nothing else), for kernels that go
     through rows of logits; None for the others.
@@ -50,6 +51,7 @@ class Configuration:
     constexprs: dict[str, object] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
+    enable_fp_fusion: bool = True
     arches: tuple[int, ...] = ARCHES
     divisible: tuple[str, ...] = ()
     sweep_bytes: int | None = None
@@ -67,7 +69,7 @@ class Configuration:
 
     @classmethod
     def of_launch(cls, label: str, kernel: Any, arguments: Mapping[str, object], **fields: Any) -> Configuration:
-        """What `kernel[grid](**arguments)` compiles, by Triton's rules; num_warps and num_stages among the arguments.
+        """What `kernel[grid](**arguments)` compiles, by Triton's rules; its options may be among the arguments.
 
         None and the integer 1 become constants, other integers and addresses are divisible by 16 where they are, but
         for those of `do_not_specialize`. Tensors may be on the meta device, whose addresses are 0.
@@ -78,7 +80,7 @@ class Configuration:
         Raises:
             ValueError: an argument is missing, unknown, or of a type that kernels do not take.
         """
-        options = {name: value for name, value in arguments.items() if name in ("num_warps", "num_stages")}
+        options = {name: value for name, value in arguments.items() if name in _OPTIONS}
         named = set(arguments) - set(options)
         if named != set(kernel.arg_names):
             raise ValueError(f"{label}: arguments must be {kernel.arg_names}, got {sorted(named)}")
