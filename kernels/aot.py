@@ -32,7 +32,14 @@ from . import sass
 from .configuration import ARCHES, Configuration
 
 # Modules of kernels, each with its aot_configurations().
-MODULES: tuple[str, ...] = ("row_statistics", "row_gradient", "row_objective", "forward_logprobs")
+MODULES: tuple[str, ...] = (
+    "row_statistics",
+    "row_gradient",
+    "row_objective",
+    "forward_logprobs",
+    "group_advantages",
+    "group_rows",
+)
 
 # Of one multiprocessor: registers, warps and blocks that are resident at most; shared memory by architecture.
 _REGISTERS, _WARPS, _BLOCKS = 65536, 64, 32

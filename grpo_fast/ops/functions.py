@@ -31,13 +31,13 @@ class HeadArgs(NamedTuple):
         targets: `[T]` int64.
         row_temperature: `[T]` float32, or None for the scalar `temperature`.
         active: `[T]` bool, the rows to compute, or None for all.
-        num_rows: how many are active where the host knows, else -1.
+        rows: `[n]` int64, their numbers, or None where they are to be found from `active`.
     """
 
     targets: Tensor
     row_temperature: Tensor | None
     active: Tensor | None
-    num_rows: int
+    rows: Tensor | None
     temperature: float
     logit_scale: float
     softcap: float | None
@@ -54,7 +54,7 @@ def _head_call(hidden: Tensor, weight: Tensor, bias: Tensor | None, args: HeadAr
         weight=weight,
         targets=args.targets,
         transform=Transform(HeadConfig(logit_scale=args.logit_scale, softcap=args.softcap), bias, temperature),
-        rows=active_rows(args.active, args.num_rows),
+        rows=active_rows(args.active) if args.rows is None else args.rows,
     )
 
 
@@ -96,7 +96,7 @@ def forward_op(
     targets: Tensor,
     row_temperature: Tensor | None,
     active: Tensor | None,
-    num_rows: int,
+    rows: Tensor | None,
     temperature: float,
     logit_scale: float,
     softcap: float | None,
@@ -105,9 +105,7 @@ def forward_op(
     plan: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """logprobs, entropy, lse `[T]` and the unit gradient `[T, H]` (of the plan `frozen_head`; else empty)."""
-    args = HeadArgs(
-        targets, row_temperature, active, num_rows, temperature, logit_scale, softcap, backend, workspace_bytes
-    )
+    args = HeadArgs(targets, row_temperature, active, rows, temperature, logit_scale, softcap, backend, workspace_bytes)
     with torch.autocast(hidden.device.type, enabled=False):
         call = _head_call(hidden, weight, bias, args)
         logprobs, entropy, lse, unit = forward_pass(call, plan)
@@ -128,7 +126,7 @@ def backward_op(
     targets: Tensor,
     row_temperature: Tensor | None,
     active: Tensor | None,
-    num_rows: int,
+    rows: Tensor | None,
     temperature: float,
     logit_scale: float,
     softcap: float | None,
@@ -145,9 +143,7 @@ def backward_op(
     lean: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in hidden, weight and bias (empty unless wanted) from g, e `[T]`; the logits are computed again."""
-    args = HeadArgs(
-        targets, row_temperature, active, num_rows, temperature, logit_scale, softcap, backend, workspace_bytes
-    )
+    args = HeadArgs(targets, row_temperature, active, rows, temperature, logit_scale, softcap, backend, workspace_bytes)
     with torch.autocast(hidden.device.type, enabled=False):
         call = _head_call(hidden, weight, bias, args)
         run = lean_backward_pass if lean else backward_pass
@@ -169,7 +165,7 @@ def objective_op(
     targets: Tensor,
     row_temperature: Tensor | None,
     active: Tensor | None,
-    num_rows: int,
+    rows: Tensor | None,
     temperature: float,
     logit_scale: float,
     softcap: float | None,
@@ -191,9 +187,7 @@ def objective_op(
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, logprobs and entropy `[T]`, and the loss's gradients in hidden, weight and bias (empty unless wanted)."""
-    args = HeadArgs(
-        targets, row_temperature, active, num_rows, temperature, logit_scale, softcap, backend, workspace_bytes
-    )
+    args = HeadArgs(targets, row_temperature, active, rows, temperature, logit_scale, softcap, backend, workspace_bytes)
     config = LossConfig.from_key(config_key)
     mask = torch.ones_like(targets, dtype=torch.bool) if active is None else active
     segments = Segments(cu_seqlens, targets.numel())
@@ -223,10 +217,10 @@ class Logprobs(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, bias, main_grad, plan, *args):  # type: ignore[no-untyped-def,override]
         logprobs, entropy, lse, unit = forward_op(hidden, weight, bias, *args, plan)
-        ctx.save_for_backward(hidden, weight, bias, lse, entropy, unit, *args[:3])
+        ctx.save_for_backward(hidden, weight, bias, lse, entropy, unit, *args[:4])
         # Not a saved tensor: other micro-batches add to it before this one's backward runs.
         ctx.main_grad = main_grad
-        ctx.plan, ctx.plain_args = plan, args[3:]
+        ctx.plan, ctx.plain_args = plan, args[4:]
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 

@@ -108,7 +108,7 @@ class Piece:
     out: Tensor | None
 
 
-def active_rows(active: Tensor | None, num_rows: int) -> Tensor | None:
+def active_rows(active: Tensor | None, num_rows: int = -1) -> Tensor | None:
     """Indices of the true entries of `active`, increasing.
 
     Args:
