@@ -131,7 +131,9 @@ def native_token_rows(
     rows, count = (advantages.new_empty(shape, dtype=torch.int64) for shape in ((num_tokens,), ()))
     write: Callable[..., None] = _write_token_rows
     if _in_kernels(advantages):
-        from grpo_fast.kernels.group_rows import token_rows as write
+        from grpo_fast.kernels.group_rows import token_rows as write_on_gpu
+
+        write = write_on_gpu
 
         if normalizer is not None and not (isinstance(normalizer, Tensor) and normalizer.device == advantages.device):
             # A fill: copying the host's number over would wait for the GPU.
