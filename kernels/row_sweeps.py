@@ -21,7 +21,8 @@ once, at the end. Sweep 2 (`row_gradient`) reads it backwards: what was read las
 The target's own gradient is written by a scalar store after the sweep, which spares a comparison a logit.
 
 Program to data: one row a program, which walks over rows with the grid's stride. Every arithmetic operation of sweep 1
-is the same in all kernels, whatever else they do: old, current and reference passes agree bit for bit.
+is the same in all kernels, whatever else they do (multiplications and additions are fused only where it says so): old,
+current and reference passes agree bit for bit.
 """
 
 from __future__ import annotations
@@ -126,7 +127,7 @@ def target_y(x, bias, column, cap_scale, TRANSFORM: tl.constexpr):
 @triton.jit
 def _dx(y, lse2, scale, g, e, entropy, slope, TRANSFORM: tl.constexpr, HAS_E: tl.constexpr):
     """-p (g + e (log p + entropy)) times d z / d x."""
-    log2_p = y * scale - lse2
+    log2_p = tl.fma(y, scale, -lse2)
     p = tl.exp2(log2_p)
     if HAS_E:
         dz = p * (-g - e * (tl.maximum(log2_p, LOWEST) * LN_2 + entropy))

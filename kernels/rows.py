@@ -83,6 +83,7 @@ class Rows:
             "TRANSFORM": plain if self.softcap is None else "softcap",
             "LANES": launch.lanes,
             "num_warps": launch.num_warps,
+            "enable_fp_fusion": False,  # else a kernel's statistics depend on what else is in the kernel
         }
 
     def dx(self, dtype: torch.dtype) -> Tensor:
