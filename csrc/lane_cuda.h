@@ -32,14 +32,12 @@ struct CudaLane {
     out.moment = __shfl_xor_sync(0xffffffffu, p.moment, mask);
     return out;
   }
-  template <class T>
+  template <class T>  // a number
   __device__ __forceinline__ T shuffle_xor(T value, int mask) const {
     return __shfl_xor_sync(0xffffffffu, value, mask);
   }
-  // Of the lane `distance` below; of the lowest ones their own.
-  __device__ __forceinline__ int shuffle_up(int value, int distance) const {
-    return __shfl_up_sync(0xffffffffu, value, distance);
-  }
+  __device__ __forceinline__ uint32_t ballot(bool vote) const { return __ballot_sync(0xffffffffu, vote); }
+  __device__ __forceinline__ int count_bits(uint32_t bits) const { return __popc(bits); }
 
   // -- memory ---------------------------------------------------------------------------------------------------------
 

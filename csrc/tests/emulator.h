@@ -162,10 +162,15 @@ class Cluster::Lane {
   T shuffle_xor(const T& value, int mask) const {
     return from_lane(value, (thread() % kWarp) ^ mask);
   }
-  int shuffle_up(int value, int distance) const {
-    const int lane = thread() % kWarp;
-    return from_lane(value, lane >= distance ? lane - distance : lane);
+  uint32_t ballot(bool vote) const {
+    const Warp& warp = b_.warps[size_t(thread() / kWarp)];
+    const auto& values = warp.values[warp.generation % 2];
+    (void)from_lane(vote, 0);
+    uint32_t votes = 0;
+    for (int lane = 0; lane < kWarp; ++lane) votes |= uint32_t(values[lane][0]) << lane;
+    return votes;
   }
+  int count_bits(uint32_t bits) const { return __builtin_popcount(bits); }
 
   float read(const float* p) const { return drift(), *p; }
   Quad read_quad(const float* p, bool wide) const {
@@ -334,15 +339,19 @@ inline void Cluster::run() {
     makecontext(&fiber.context, reinterpret_cast<void (*)()>(&Cluster::enter), 2, unsigned(address),
                 unsigned(address >> 32));
   }
+  uint64_t prime = 0;
+  for (const int above : {67, 131, 257, 521, 1031, 2053, 4099}) {
+    if (prime == 0 && above > count) prime = uint64_t(above);
+  }
   for (Block& block : blocks_) block.held_until = int64_t(random_() % 32);
   for (int left = count; left > 0; ++pass_) {
     if (!copies_.empty() && random_() % 4 == 0) do_a_copy();
     hold_some_back();
     bool moved = false, held = false;
-    // Through all fibers in an order of its own: 8191 is a prime above their number.
-    const uint64_t start = random_(), stride = 1 + random_() % 8190;
-    for (uint64_t i = 0; i < 8191; ++i) {
-      const uint64_t next = (start + i * stride) % 8191;
+    // Through all fibers, in an order of its own.
+    const uint64_t start = random_(), stride = 1 + random_() % (prime - 1);
+    for (uint64_t i = 0; i < prime; ++i) {
+      const uint64_t next = (start + i * stride) % prime;
       if (next >= uint64_t(count) || fibers_[next].done || !fibers_[next].ready()) continue;
       const Block& block = blocks_[size_t(fibers_[next].rank)];
       if (std::max(block.held_until, block.warps[size_t(fibers_[next].thread / kWarp)].held_until) > pass_) {
@@ -363,7 +372,7 @@ inline void Cluster::run() {
 
 // Runs `body(lane)` in every thread of every cluster, one cluster after the other.
 inline void emulate(const LaunchSize& size, uint64_t seed, const std::function<void(Cluster::Lane&)>& body) {
-  if (size.threads % kWarp != 0 || size.threads * size.ranks > 8190) broken("threads: no such launch");
+  if (size.threads % kWarp != 0 || size.threads * size.ranks > 4096) broken("threads: no such launch");
   for (int index = 0; index < size.clusters; ++index) {
     Cluster(size, index, seed + uint64_t(index), body).run();
   }

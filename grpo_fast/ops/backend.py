@@ -185,6 +185,7 @@ def objective_derivative(
 _FACTORIES: dict[str, tuple[str, str]] = {
     "cpu": ("grpo_fast.ops.cpu_backend", "CpuBackend"),
     "torch": ("grpo_fast.ops.torch_backend", "TorchBackend"),
+    "cuda": ("grpo_fast.ops.cuda_backend", "CudaBackend"),  # by name only: unmeasured
 }
 _announced: set[tuple[str, str]] = set()
 
