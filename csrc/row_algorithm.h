@@ -95,6 +95,31 @@ inline void set_output(RowTask& task, const DxOut& out) {
   task.overlaps = meets && size == 2;
 }
 
+inline RowTask statistics_task(const Rows& rows, float* logprobs, float* entropy, float* lse) {
+  RowTask task = row_task(rows);
+  task.logprobs = logprobs, task.entropy = entropy, task.lse = lse;
+  return task;
+}
+
+inline RowTask gradient_task(const Rows& rows, const float* lse, const float* entropy, const float* g, const float* e,
+                             int64_t vocab_start, const DxOut& out) {
+  RowTask task = row_task(rows);
+  set_output(task, out);
+  task.given_lse = lse, task.given_entropy = entropy, task.g = g, task.e = e, task.vocab_start = vocab_start;
+  return task;
+}
+
+inline RowTask objective_task(const Rows& rows, const ObjectiveConfig& config, const RowTokens& tokens,
+                              Scalar entropy_gradient, Scalar grad_scale, const DxOut& out, float* logprobs,
+                              float* entropy, uint8_t* live) {
+  RowTask task = row_task(rows);
+  set_output(task, out);
+  task.logprobs = logprobs, task.entropy = entropy, task.live = live;
+  task.config = config, task.tokens = tokens;
+  task.entropy_gradient = entropy_gradient, task.grad_scale = grad_scale;
+  return task;
+}
+
 struct alignas(16) Quad {
   float v[kVector];
 };

@@ -124,27 +124,21 @@ RowLaunch row_launch(int device, int64_t num_columns) {
 }
 
 void row_statistics_cuda(const Rows& rows, float* logprobs, float* entropy, float* lse, CudaQueue queue) {
-  RowTask task = row_task(rows);
-  task.logprobs = logprobs, task.entropy = entropy, task.lse = lse;
+  const RowTask task = statistics_task(rows, logprobs, entropy, lse);
   if (rows.num_rows > 0) launch_bent<Pass::kStatistics, DType::kFloat32>(task, queue);
 }
 
 void row_gradient_cuda(const Rows& rows, const float* lse, const float* entropy, const float* g, const float* e,
                        int64_t vocab_start, const DxOut& out, CudaQueue queue) {
-  RowTask task = row_task(rows);
-  set_output(task, out);
-  task.given_lse = lse, task.given_entropy = entropy, task.g = g, task.e = e, task.vocab_start = vocab_start;
+  const RowTask task = gradient_task(rows, lse, entropy, g, e, vocab_start, out);
   if (rows.num_rows > 0) launch_dtype<Pass::kGradient>(task, out.dtype, queue);
 }
 
 void row_objective_cuda(const Rows& rows, const ObjectiveConfig& config, const RowTokens& tokens,
                         Scalar entropy_gradient, Scalar grad_scale, const DxOut& out, float* logprobs, float* entropy,
                         uint8_t* live, CudaQueue queue) {
-  RowTask task = row_task(rows);
-  set_output(task, out);
-  task.logprobs = logprobs, task.entropy = entropy, task.live = live;
-  task.config = config, task.tokens = tokens;
-  task.entropy_gradient = entropy_gradient, task.grad_scale = grad_scale;
+  const RowTask task =
+      objective_task(rows, config, tokens, entropy_gradient, grad_scale, out, logprobs, entropy, live);
   if (rows.num_rows > 0) launch_dtype<Pass::kObjective>(task, out.dtype, queue);
 }
 
