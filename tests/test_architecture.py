@@ -90,7 +90,7 @@ def room(module: str) -> str:
         return "kernels"
     if parts[1] == "ops":
         return "backend" if parts[-1].endswith("_backend") or parts[-1] == "backend" else "ops"
-    if parts[1] in ("trainer", "integrations", "cli", "reference", "__main__"):
+    if parts[1] in ("trainer", "integrations", "cli", "reference", "__main__", "doctor"):
         return parts[1].replace("__main__", "cli")
     return "shared" if parts[1] in SHARED else "loss"
 
@@ -98,7 +98,7 @@ def room(module: str) -> str:
 # Rooms that both the loss and the ops below it speak: what the options, rows and objectives are.
 SHARED = ("config", "packing", "objectives", "aggregation", "metrics")
 
-# room -> rooms it may import from, besides itself. `root` is the empty package, `reference` only the tests'.
+# room -> rooms it may import from, besides itself. `root` is the empty package, `reference` is the tests' and doctor's.
 ARROWS = {
     "root": set(),
     "kernels": set(),
@@ -109,10 +109,11 @@ ARROWS = {
     "loss": {"root", "shared", "ops", "backend"},
     "trainer": {"root", "shared", "loss"},
     "integrations": {"root", "shared", "loss"},
-    "cli": {"root", "shared", "loss", "trainer"},
+    "doctor": {"root", "shared", "loss", "ops", "backend", "reference"},
+    "cli": {"root", "shared", "loss", "trainer", "doctor"},
 }
 THIRD_PARTIES = {"kernels": {"torch", "triton"}}
-for _room in ("reference", "shared", "backend", "ops", "loss"):
+for _room in ("reference", "shared", "backend", "ops", "loss", "doctor"):
     THIRD_PARTIES[_room] = {"torch"}
 
 

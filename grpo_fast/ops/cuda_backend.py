@@ -35,6 +35,11 @@ PITCH = 64
 TILE_ROWS = 512
 
 
+def native() -> Any:
+    """The extension module, or None where it is not built."""
+    return _cuda
+
+
 class CudaBackend(TorchBackend):
     """See the module. What is not overridden is the torch backend's."""
 
