@@ -25,14 +25,10 @@ struct CudaLane {
 
   // -- warps ----------------------------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ Partial shuffle_xor(const Partial& p, int mask) const {
-    Partial out;
-    out.top = __shfl_xor_sync(0xffffffffu, p.top, mask);
-    out.sum = __shfl_xor_sync(0xffffffffu, p.sum, mask);
-    out.moment = __shfl_xor_sync(0xffffffffu, p.moment, mask);
-    return out;
+  __device__ __forceinline__ Partial shuffle_sums(const Partial& p, int mask) const {
+    return {p.top, __shfl_xor_sync(0xffffffffu, p.sum, mask), __shfl_xor_sync(0xffffffffu, p.moment, mask)};
   }
-  template <class T>  // a number
+  template <class T>
   __device__ __forceinline__ T shuffle_xor(T value, int mask) const {
     return __shfl_xor_sync(0xffffffffu, value, mask);
   }
@@ -90,9 +86,7 @@ struct CudaLane {
   }
   __device__ __forceinline__ Partial get(const Partial* p) const {
     const float4 found = *reinterpret_cast<const float4*>(p);
-    Partial out;
-    out.top = found.x, out.sum = found.y, out.moment = found.z;
-    return out;
+    return {found.x, found.y, found.z};
   }
   __device__ __forceinline__ void put(Quad* p, const Quad& q) const {
     *reinterpret_cast<float4*>(p) = make_float4(q.v[0], q.v[1], q.v[2], q.v[3]);

@@ -190,24 +190,36 @@ GRPO_FAST_INLINE void absorb_tile(const Lane& lane, Partial& p, int tile, const 
   }
 }
 
+// Of groups of `width` lanes, a power of two. First their top, then sums measured from it: every lane has the same bits, as
+// neither a maximum nor an addition depends on the order of its two operands.
 template <class Lane>
-GRPO_FAST_INLINE Partial warp_combined(Lane& lane, Partial p) {
-  GRPO_FAST_UNROLL
-  for (int mask = 1; mask < kWarp; mask *= 2) {
-    const Partial other = lane.shuffle_xor(p, mask);
-    p = (lane.thread() & mask) != 0 ? merged(other, p) : merged(p, other);
+GRPO_FAST_INLINE Partial warp_combined(Lane& lane, Partial p, int width) {
+  float top = p.top;
+  for (int mask = 1; mask < width; mask *= 2) top = std::fmax(top, lane.shuffle_xor(top, mask));
+  p = measured_from(top, p);
+  for (int mask = 1; mask < width; mask *= 2) {
+    const Partial other = lane.shuffle_sums(p, mask);
+    p.sum += other.sum, p.moment += other.moment;
   }
   return p;
+}
+
+// Of the first `count` (up to a warp) slots of shared memory.
+template <class Lane>
+GRPO_FAST_INLINE Partial slots_combined(Lane& lane, const Partial* slots, int count) {
+  int width = 1;
+  while (width < count) width *= 2;
+  const int index = lane.thread() & (width - 1);
+  return warp_combined(lane, index < count ? lane.get(slots + index) : kNothing, width);
 }
 
 // The block's, in every thread. `slots` [kWarp] is shared memory that nobody has read since the last barrier.
 template <class Lane>
 GRPO_FAST_INLINE Partial block_combined(Lane& lane, Partial p, Partial* slots) {
-  p = warp_combined(lane, p);
-  const int index = lane.thread() % kWarp;
-  if (index == 0) slots[lane.thread() / kWarp] = p;
+  p = warp_combined(lane, p, kWarp);
+  if (lane.thread() % kWarp == 0) slots[lane.thread() / kWarp] = p;
   lane.sync_block();
-  return warp_combined(lane, index < lane.threads() / kWarp ? slots[index] : Partial{});
+  return slots_combined(lane, slots, lane.threads() / kWarp);
 }
 
 template <Pass kPass, bool kBent>
@@ -327,7 +339,7 @@ GRPO_FAST_INLINE void stream_row(Lane& lane, const RowTask& task, Partial* slots
                                     facts.map.chain);
     return stream_gradient<kOut>(lane, task, facts, slopes, part, tail_u, row);
   }
-  Partial p;
+  Partial p = kNothing;
   const auto read = [&](int i) {
     const int64_t column = int64_t(i) * kVector;
     return facts.bent_quad(lane, task, lane.read_quad(facts.x + column, task.wide_reads), column);

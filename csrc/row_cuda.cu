@@ -21,9 +21,9 @@ __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const __grid_
   stream_row<kPass, kBent, kOut>(lane, task, slots);
 }
 
-// Persistent clusters. 128 registers a thread.
+// Persistent clusters, two blocks a multiprocessor: 64 registers a thread.
 template <Pass kPass, bool kBent, DType kOut>
-__global__ void __launch_bounds__(kClusterThreads, 1)
+__global__ void __launch_bounds__(kClusterThreads, 2)
     cluster_kernel(const __grid_constant__ RowTask task, const __grid_constant__ ClusterSplit split) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char shared_memory[];

@@ -75,8 +75,16 @@ GRPO_FAST_INLINE float bent(const RowMap& map, float x, float bias) {
 // -- statistics -------------------------------------------------------------------------------------------------------
 
 struct alignas(16) Partial {
-  float top = kLowest, sum = 0.0f, moment = 0.0f, unused = 0.0f;
+  float top, sum, moment;
 };
+
+constexpr Partial kNothing{kLowest, 0.0f, 0.0f};
+
+// `p` measured from `top`, which is not below its own.
+GRPO_FAST_INLINE Partial measured_from(float top, const Partial& p) {
+  const float shift = at_least(p.top - top, kVanishing), shrink = exp2_fast(shift);
+  return {top, p.sum * shrink, std::fma(shift, p.sum, p.moment) * shrink};
+}
 
 // Takes in N values u. A new top shrinks what there was; the N exponentials then share it.
 template <int N>
@@ -84,9 +92,8 @@ GRPO_FAST_INLINE void absorb(Partial& p, const float (&u)[N], float factor) {
   float top = p.top;
   GRPO_FAST_UNROLL
   for (int i = 0; i < N; ++i) top = std::fmax(top, u[i] * factor);  // passes over NaN
-  const float shift = at_least(p.top - top, kVanishing), shrink = exp2_fast(shift);
-  float sums[4] = {p.sum * shrink, 0.0f, 0.0f, 0.0f};
-  float moments[4] = {std::fma(shift, p.sum, p.moment) * shrink, 0.0f, 0.0f, 0.0f};
+  p = measured_from(top, p);
+  float sums[4] = {p.sum, 0.0f, 0.0f, 0.0f}, moments[4] = {p.moment, 0.0f, 0.0f, 0.0f};
   GRPO_FAST_UNROLL
   for (int i = 0; i < N; ++i) {
     const float distance = at_least(std::fma(u[i], factor, -top), kVanishing);
@@ -94,21 +101,8 @@ GRPO_FAST_INLINE void absorb(Partial& p, const float (&u)[N], float factor) {
     sums[i % 4] += weight;
     moments[i % 4] = std::fma(distance, weight, moments[i % 4]);
   }
-  p.top = top;
   p.sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
   p.moment = (moments[0] + moments[1]) + (moments[2] + moments[3]);
-}
-
-// `a` holds the earlier columns: the order of the operands is part of the result.
-GRPO_FAST_INLINE Partial merged(const Partial& a, const Partial& b) {
-  Partial out;
-  out.top = std::fmax(a.top, b.top);
-  const float a_shift = at_least(a.top - out.top, kVanishing), b_shift = at_least(b.top - out.top, kVanishing);
-  const float a_shrink = exp2_fast(a_shift), b_shrink = exp2_fast(b_shift);
-  out.sum = std::fma(a.sum, a_shrink, b.sum * b_shrink);
-  out.moment = std::fma(std::fma(a_shift, a.sum, a.moment), a_shrink,
-                         std::fma(b_shift, b.sum, b.moment) * b_shrink);
-  return out;
 }
 
 struct RowStatistics {

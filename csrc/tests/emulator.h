@@ -162,6 +162,10 @@ class Cluster::Lane {
   T shuffle_xor(const T& value, int mask) const {
     return from_lane(value, (thread() % kWarp) ^ mask);
   }
+  Partial shuffle_sums(const Partial& p, int mask) const {
+    const Partial other = shuffle_xor(p, mask);
+    return {p.top, other.sum, other.moment};
+  }
   uint32_t ballot(bool vote) const {
     const Warp& warp = b_.warps[size_t(thread() / kWarp)];
     const auto& values = warp.values[warp.generation % 2];
