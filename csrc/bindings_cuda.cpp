@@ -1,5 +1,5 @@
-// grpo_fast._cuda: the CUDA functions for Python. A module of its own beside _C: it needs nvcc to build and the CUDA runtime
-// (linked statically) to load, and an install without either keeps _C. Streams are addresses as well.
+// grpo_fast._cuda: the CUDA functions for Python. A module of its own beside _C: it needs nvcc to build and the CUDA
+// runtime (linked statically) to load, and an install without either keeps _C. Streams are addresses as well.
 
 #include "bindings_types.h"
 #include "group_cuda.h"
@@ -98,7 +98,7 @@ void bind_groups(py::module_& m) {
       Unlocked(), py::kw_only(), "cu_seqlens"_a, "num_sequences"_a, "num_tokens"_a, "mask"_a, "advantages"_a,
       "advantages_per_token"_a, "importance"_a, "aggregation"_a, "normalizer"_a, "normalizer_value"_a, "every_row"_a,
       "weights"_a, "token_advantages"_a, "active"_a, "num_active"_a, "counts"_a, "device"_a, "stream"_a,
-      "num_active [1] int64 and counts [2 S] int64 scratch are on the device; normalizer 0 and normalizer_value NaN: none.");
+      "num_active [1], counts [2 S] (scratch): int64 on the device. normalizer 0 and normalizer_value NaN: none.");
 }
 
 }  // namespace

@@ -64,8 +64,16 @@ inline void bind_types(py::module_& m) {
   py::class_<Rows>(m, "Rows", py::module_local(), "Raw products [R, V] float32, and what turns them into logits.")
       .def(py::init([](Address logits, int64_t num_rows, int64_t num_columns, int64_t row_stride, Address targets,
                        Address bias, float logit_scale, float softcap, float temperature, Address row_temperature) {
-             return Rows{at<float>(logits),      num_rows,    num_columns, row_stride,  at<const int64_t>(targets),
-                         at<const float>(bias), logit_scale, softcap,     temperature, at<const float>(row_temperature)};
+             return Rows{at<float>(logits),
+                         num_rows,
+                         num_columns,
+                         row_stride,
+                         at<const int64_t>(targets),
+                         at<const float>(bias),
+                         logit_scale,
+                         softcap,
+                         temperature,
+                         at<const float>(row_temperature)};
            }),
            py::kw_only(), "logits"_a, "num_rows"_a, "num_columns"_a, "row_stride"_a, "targets"_a, "bias"_a,
            "logit_scale"_a, "softcap"_a, "temperature"_a, "row_temperature"_a);

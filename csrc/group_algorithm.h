@@ -1,8 +1,8 @@
 // How GPU threads compute group_cpu.h's functions: the kernels' bodies, templates over a `Lane` like row_algorithm.h's.
 //
-// Sums are double (of rewards) or integers (of tokens), added lane by lane in a fixed order: repeatable, and equal to the
-// CPU's up to the rounding of a double sum. Indices of active rows come out increasing: their places are counts of what
-// comes before, by ballots in a warp, by sums over warps and over sequences.
+// Sums are double (of rewards) or integers (of tokens), added lane by lane in a fixed order: repeatable, and equal to
+// the CPU's up to the rounding of a double sum. Indices of active rows come out increasing: their places are counts of
+// what comes before, by ballots in a warp, by sums over warps and over sequences.
 #pragma once
 
 #include "group_cuda.h"

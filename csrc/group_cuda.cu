@@ -13,7 +13,8 @@ namespace grpo_fast {
 namespace {
 
 template <typename Real>
-__global__ void __launch_bounds__(kGroupThreads, 1) advantages_kernel(const __grid_constant__ AdvantageTask<Real> task) {
+__global__ void __launch_bounds__(kGroupThreads, 1)
+    advantages_kernel(const __grid_constant__ AdvantageTask<Real> task) {
   __shared__ double slots[kWarp];
   CudaLane lane{nullptr};
   advantages_block(lane, task, slots);
@@ -54,7 +55,8 @@ void group_advantages_cuda(const Real* rewards, int64_t num_completions, int64_t
   if (num_completions == 0) return;
   const LaunchShape shape{"group_advantages of " + std::to_string(num_completions), 1, kGroupThreads, 1, 0};
   const CurrentDevice current(queue.device, shape);
-  const AdvantageTask<Real> task{rewards, num_completions, num_rewards, weights, groups, scale, aggregation, advantages};
+  const AdvantageTask<Real> task{rewards, num_completions, num_rewards, weights,
+                                 groups,  scale,           aggregation, advantages};
   launch(advantages_kernel<Real>, shape, queue.stream, task);
 }
 

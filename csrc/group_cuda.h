@@ -1,6 +1,7 @@
-// group_cpu.h's functions on a CUDA device: the same arguments with arrays on the device, the same results. Asynchronous:
-// they enqueue one or two kernels, allocate nothing and wait for nothing. What the arrays hold is not checked (that would
-// wait for the device): `order` must hold each completion once, offsets must rise from 0 to their end.
+// group_cpu.h's functions on a CUDA device: the same arguments with arrays on the device, the same results.
+// Asynchronous: they enqueue one or two kernels, allocate nothing and wait for nothing. What the arrays hold is not
+// checked (that would wait for the device): `order` must hold each completion once, offsets must rise from 0 to their
+// end.
 //
 // Throws std::invalid_argument for sizes and null pointers, std::runtime_error where CUDA returns an error.
 #pragma once

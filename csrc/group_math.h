@@ -1,4 +1,5 @@
-// What a completion's advantage and a token's weight are once statistics are known: the CPU's and the GPU's common part.
+// What a completion's advantage and a token's weight are once statistics are known: the CPU's and the GPU's common
+// part.
 #pragma once
 
 #include <cmath>

@@ -1,5 +1,5 @@
-// One GPU thread, as row_algorithm.h, row_cluster.h and group_algorithm.h speak of it: intrinsics and PTX, no decisions.
-// What only GPUs with clusters have (sm_90 and later) is compiled for them alone.
+// One GPU thread, as row_algorithm.h, row_cluster.h and group_algorithm.h speak of it: intrinsics and PTX, no
+// decisions. What only GPUs with clusters have (sm_90 and later) is compiled for them alone.
 #pragma once
 
 #include <cuda_bf16.h>

@@ -26,8 +26,8 @@ inline void check(cudaError_t status, const char* call, const LaunchShape& shape
   std::ostringstream message;
   message << shape.kernel;
   if (shape.blocks > 0) {
-    message << " (" << shape.blocks << " blocks of " << shape.threads << " threads, clusters of " << shape.cluster << ", "
-            << shape.shared_bytes << " bytes of dynamic shared memory)";
+    message << " (" << shape.blocks << " blocks of " << shape.threads << " threads, clusters of " << shape.cluster
+            << ", " << shape.shared_bytes << " bytes of dynamic shared memory)";
   }
   message << ": " << call << ": " << cudaGetErrorName(status) << ": " << cudaGetErrorString(status);
   throw std::runtime_error(message.str());

@@ -1,17 +1,18 @@
 // How threads share a row: the kernels' bodies, written against a `Lane` (one thread: lane_cuda.h on a GPU, a fiber in
 // tests/emulator.h), so that splits, order of combination, tails and barriers run without a GPU as well.
 //
-// A row's V columns are V / 4 vectors of 16 bytes and a tail of V % 4. Vector i of a block's part is thread i % threads's;
-// threads take kUnroll vectors at a time, a tile. Partial results combine lane by lane (butterfly), warp by warp and, in a
-// cluster, block by block; all of it depends on V and the device alone, not on rows, strides or alignment.
+// A row's V columns are V / 4 vectors of 16 bytes and a tail of V % 4. Vector i of a block's part is thread i %
+// threads's; threads take kUnroll vectors at a time, a tile. Partial results combine lane by lane (butterfly), warp by
+// warp and, in a cluster, block by block; all of it depends on V and the device alone, not on rows, strides or
+// alignment.
 //
 //   stream_row    one block a row. Logits are read once for statistics or a gradient; for both twice, the second time
 //                 backwards, so that what was read last, and is still in the L2 cache, is read first.
 //   cluster_rows  (row_cluster.h) a cluster of blocks a row, which lies in their shared memory.
 //
 // dx over the logits (`overlaps`), narrower than they are, starts 2 (V / 8 * 8) bytes into its row: the tile of columns
-// [a, b) goes to byte 2a of it and above, logits below column a end at byte 4a, and a tile begins at a multiple of 8. So a
-// descending sweep that has read a tile may write it. A barrier before each write keeps slower warps ahead of it.
+// [a, b) goes to byte 2a of it and above, logits below column a end at byte 4a, and a tile begins at a multiple of 8.
+// So a descending sweep that has read a tile may write it. A barrier before each write keeps slower warps ahead of it.
 #pragma once
 
 #include <stdexcept>
@@ -84,7 +85,8 @@ inline void set_output(RowTask& task, const DxOut& out) {
   }
   const auto *x = reinterpret_cast<const char*>(rows.logits), *dx = static_cast<const char*>(out.dx);
   const int64_t last = rows.num_rows - 1, end = rows.num_columns;
-  const bool meets = rows.num_rows > 0 && dx < x + (last * rows.row_stride + end) * 4 && x < dx + last * stride + end * size;
+  const char *x_end = x + (last * rows.row_stride + end) * 4, *dx_end = dx + last * stride + end * size;
+  const bool meets = rows.num_rows > 0 && dx < x_end && x < dx_end;
   const int64_t offset = size == 4 ? 0 : narrow_offset(rows.num_columns);
   if (meets && (dx != x + offset || stride != rows.row_stride * 4)) {
     throw std::invalid_argument("dx: expected memory apart from the logits, or rows " + std::to_string(offset) +
@@ -190,8 +192,8 @@ GRPO_FAST_INLINE void absorb_tile(const Lane& lane, Partial& p, int tile, const 
   }
 }
 
-// Of groups of `width` lanes, a power of two. First their top, then sums measured from it: every lane has the same bits, as
-// neither a maximum nor an addition depends on the order of its two operands.
+// Of groups of `width` lanes, a power of two. First their top, then sums measured from it: every lane has the same
+// bits, as neither a maximum nor an addition depends on the order of its two operands.
 template <class Lane>
 GRPO_FAST_INLINE Partial warp_combined(Lane& lane, Partial p, int width) {
   float top = p.top;

@@ -1,25 +1,26 @@
-// The row kernel for GPUs with thread-block clusters: a row lies in the shared memory of 1 to 8 blocks, is read from device
-// memory once, and dx is written once.
+// The row kernel for GPUs with thread-block clusters: a row lies in the shared memory of 1 to 8 blocks, is read from
+// device memory once, and dx is written once.
 //
 //   fetch        bulk copies of a block's part into a stage of shared memory, chunk by chunk (a chunk is a tile)
 //   sweep 1      statistics of the part; a thread reads what its own index says, in shared memory as in device memory
-//   exchange     each block sends its result to all of its cluster, one cluster barrier, all combine them in block order
+//   exchange     each block sends its result to all of its cluster, one cluster barrier, all combine in block order
 //   sweep 2      dx from shared memory to device memory
 //
-// While a row is computed the next one arrives: in a second stage of shared memory where a multiprocessor has room for that
-// in two blocks, else chunk by chunk, wherever this row has been read for the last time. Of two blocks on a multiprocessor
-// one computes while the other waits for copies or its cluster. In 227 KiB: V up to 114000 two blocks, two stages; up to
-// 229000 two blocks, one stage; up to 462000 one block, one stage. Which of these is fastest is not measured.
+// While a row is computed the next one arrives: in a second stage of shared memory where a multiprocessor has room for
+// that in two blocks, else chunk by chunk, wherever this row has been read for the last time. Of two blocks on a
+// multiprocessor one computes while the other waits for copies or its cluster. In 227 KiB: V up to 114000 two blocks,
+// two stages; up to 229000 two blocks, one stage; up to 462000 one block, one stage. Which of these is fastest is not
+// measured.
 //
 // Why the barriers suffice:
-//   - A stage, or a chunk of the only one, is refilled after a block barrier that follows its last read. Each chunk has a
-//     barrier of its own ("full"), which completes once a use, so its parity is that of the use.
-//   - Exchange slots alternate between rows. A block that writes slots of row n + 2 has passed the cluster barrier of row
-//     n + 1, at which every block arrived after it had read the slots of row n.
+//   - A stage, or a chunk of the only one, is refilled after a block barrier that follows its last read. Each chunk has
+//     a barrier of its own ("full"), which completes once a use, so its parity is that of the use.
+//   - Exchange slots alternate between rows. A block that writes slots of row n + 2 has passed the cluster barrier of
+//     row n + 1, at which every block arrived after it had read the slots of row n.
 //   - Nothing is sent after a row's cluster barrier, and every block waits at it: none leaves while others write to it.
 //     The one barrier before the first row lets no block write to one that has not started.
-//   - dx over the logits: all reads of a row (copies waited for, tail, target) come before its cluster barrier, all writes
-//     after it. The next row's copies are of other memory.
+//   - dx over the logits: all reads of a row (copies waited for, tail, target) come before its cluster barrier, all
+//     writes after it. The next row's copies are of other memory.
 #pragma once
 
 #include "row_algorithm.h"
@@ -54,7 +55,8 @@ inline ClusterSplit split_between(int64_t num_columns, int ranks, int stages) {
 }
 
 // The fewest blocks that hold two stages twice a multiprocessor; else one stage twice; else one stage once.
-// shared_limit: bytes of shared memory that a block may have; a multiprocessor has 1024 more, and takes as many a block.
+// shared_limit: bytes of shared memory that a block may have; a multiprocessor has 1024 more, and takes as many a
+// block.
 inline ClusterSplit split_row(int64_t num_columns, int shared_limit) {
   const int half = (shared_limit + 1024) / 2 - 1024;
   const struct {

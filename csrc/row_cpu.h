@@ -1,4 +1,4 @@
-// Row functions on a chunk of logits (rows.h), for the CPU: statistics, gradient, and both with the objective between them.
+// Row functions on a chunk of logits (rows.h), for the CPU: statistics, gradient, and both with the objective between.
 //
 // A row is one thread's. It is walked in blocks that stay in the first-level cache; sums within a block are float32,
 // across blocks float64. A row's result does not depend on the other rows or on the number of threads.

@@ -1,13 +1,13 @@
 // Row functions on a chunk of logits (rows.h) for CUDA devices of compute capability 8.0 and later. Asynchronous: they
 // enqueue one kernel each, allocate nothing and wait for nothing, so they can be captured in a CUDA graph.
 //
-// Where a row fits the shared memory of a cluster (sm_90 and later, V up to about 460000) statistics and the objective take
-// row_cluster.h's kernel, else row_algorithm.h's; which of them depends on V and the device alone. Bytes of device memory
-// per logit: statistics 4 read; gradient 4 read, 2 or 4 written; objective the same, and without a cluster 4 more read, of
-// which the L2 cache serves what it still holds.
+// Where a row fits the shared memory of a cluster (sm_90 and later, V up to about 460000) statistics and the objective
+// take row_cluster.h's kernel, else row_algorithm.h's; which of them depends on V and the device alone. Bytes of device
+// memory per logit: statistics 4 read; gradient 4 read, 2 or 4 written; objective the same, and without a cluster 4
+// more read, of which the L2 cache serves what it still holds.
 //
-// Every function throws std::invalid_argument for arguments that it cannot serve, std::runtime_error with the kernel's name
-// and launch shape where CUDA returns an error.
+// Every function throws std::invalid_argument for arguments that it cannot serve, std::runtime_error with the kernel's
+// name and launch shape where CUDA returns an error.
 #pragma once
 
 #include <cstdint>
@@ -59,8 +59,8 @@ void row_statistics_cuda(const Rows& rows, float* logprobs, float* entropy, floa
 void row_gradient_cuda(const Rows& rows, const float* lse, const float* entropy, const float* g, const float* e,
                        int64_t vocab_start, const DxOut& out, CudaQueue queue);
 
-// Statistics, the objective's derivative and dx, for token-local objectives.
-// entropy_gradient: dloss/dentropy, the same for every row. grad_scale: multiplies dx. live: [R], 1 where dx is not all 0.
+// Statistics, the objective's derivative and dx, for token-local objectives. entropy_gradient: dloss/dentropy, the same
+// for every row. grad_scale: multiplies dx. live: [R], 1 where dx is not all 0.
 void row_objective_cuda(const Rows& rows, const ObjectiveConfig& config, const RowTokens& tokens,
                         Scalar entropy_gradient, Scalar grad_scale, const DxOut& out, float* logprobs, float* entropy,
                         uint8_t* live, CudaQueue queue);

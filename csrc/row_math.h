@@ -1,8 +1,8 @@
 // The arithmetic of one row as GPU threads do it: per logit, per thread, and how partial results combine.
 //
-// Legend: x raw product, u = x + bias or tanh((x + bias) logit_scale / softcap), y = factor u = z log2 e: everything is in
-// base 2, where the hardware's exponential is. For a set of logits: top = max y, sum = sum 2^(y - top),
-// moment = sum (y - top) 2^(y - top). Then lse = (top + log2 sum) ln 2 and entropy = (log2 sum - moment / sum) ln 2.
+// Legend: x raw product, u = x + bias or tanh((x + bias) logit_scale / softcap), y = factor u = z log2 e: everything is
+// in base 2, where the hardware's exponential is. For a set of logits: top = max y, sum = sum 2^(y - top), moment = sum
+// (y - top) 2^(y - top). Then lse = (top + log2 sum) ln 2 and entropy = (log2 sum - moment / sum) ln 2.
 //
 // Compiled without contraction (-fmad=false, -ffp-contract=off): where a multiplication and an addition are one
 // instruction it says so, and every kernel that takes a row's statistics takes them to the same bits.

@@ -42,7 +42,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Any:
     sources = ["bindings_cuda.cpp", "tests/emulated_cuda.cpp"]
     command = [compiler(), *flags, '-DGRPO_FAST_ARCHITECTURES="emulated"', *sources, "-o", str(path)]
     shell(command, cwd=CSRC)
-    return load_module("_cuda", path)
+    return load_module("emulated._cuda", path)
 
 
 @pytest.fixture(params=[CLUSTERS, STREAMING], ids=["clusters", "streaming"])

@@ -94,8 +94,7 @@ def test_no_kernel_spills(built: Build) -> None:
     assert len({kernel.kernel for kernel in found}) == ROW_KERNELS + GROUP_KERNELS
     for kernel in found:
         assert kernel.stack == kernel.spilled == 0, kernel
-        limit = 128 if kernel.kernel.startswith("cluster") else 64
-        assert 0 < kernel.registers <= limit, kernel
+        assert 0 < kernel.registers <= 64, kernel  # 1024 threads a multiprocessor
 
 
 def test_the_table_lists_every_kernel(built: Build) -> None:
@@ -134,7 +133,7 @@ def test_instructions_a_logit(dtype: str, sass: dict[str, Any]) -> None:
 
 
 def test_errors_name_the_kernel_and_its_shape(built: Build) -> None:
-    module = load_module("_cuda", built.module)
+    module = load_module("built._cuda", built.module)
     assert module.ARCHITECTURES == "sm_80,sm_90a"
     rows = module.Rows(
         logits=4096,

@@ -1,5 +1,6 @@
-// row_cuda.h and group_cuda.h on the emulator: with bindings_cuda.cpp an extension module that takes CPU tensors, so that the
-// Python side of the cuda backend can be tested without a GPU. "Devices" 0 and 1 are a small sm_90 and an sm_80.
+// row_cuda.h and group_cuda.h on the emulator: with bindings_cuda.cpp an extension module that takes CPU tensors, so
+// that the Python side of the cuda backend can be tested without a GPU. "Devices" 0 and 1 are a small sm_90 and an
+// sm_80.
 
 #include <algorithm>
 
@@ -48,7 +49,8 @@ template <typename Real>
 void group_advantages_cuda(const Real* rewards, int64_t num_completions, int64_t num_rewards, const double* weights,
                            const Groups& groups, AdvantageScale scale, RewardAggregation aggregation, Real* advantages,
                            CudaQueue) {
-  const AdvantageTask<Real> task{rewards, num_completions, num_rewards, weights, groups, scale, aggregation, advantages};
+  const AdvantageTask<Real> task{rewards, num_completions, num_rewards, weights,
+                                 groups,  scale,           aggregation, advantages};
   testing::emulate({1, 1, 64, kSlots}, next_seed(),
                    [&](testing::Cluster::Lane& lane) { advantages_block(lane, task, lane.shared<double>(0)); });
 }

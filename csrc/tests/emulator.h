@@ -1,7 +1,7 @@
 // A GPU's blocks, clusters and lanes on one CPU thread: every GPU thread is a fiber that runs the kernel's own body (a
-// template over its `Lane`) until it must wait. What a GPU leaves open is drawn at random: which thread runs next, how far
-// blocks and warps fall behind others, when a block starts, when a bulk copy happens. So a missing barrier shows as wrong
-// numbers, a barrier that not everyone reaches as a deadlock, and what nobody wrote as NaN.
+// template over its `Lane`) until it must wait. What a GPU leaves open is drawn at random: which thread runs next, how
+// far blocks and warps fall behind others, when a block starts, when a bulk copy happens. So a missing barrier shows as
+// wrong numbers, a barrier that not everyone reaches as a deadlock, and what nobody wrote as NaN.
 #pragma once
 
 #include <ucontext.h>

@@ -1,5 +1,5 @@
-// Random chunks of logits, and what their statistics and gradients are in plain double loops that share no code with the
-// row functions.
+// Random chunks of logits, and what their statistics and gradients are in plain double loops that share no code with
+// the row functions.
 
 #pragma once
 
@@ -141,7 +141,8 @@ inline Expected expected_row(const Chunk& chunk, int64_t t) {
 
 // `size`, if given: the norm of the terms that are added up, which is what float32 can be measured by where they cancel
 // (1 - p of a sure token, 1 - tanh^2 of a capped one).
-inline std::vector<double> expected_gradient(const Chunk& chunk, int64_t t, double g, double e, double* size = nullptr) {
+inline std::vector<double> expected_gradient(const Chunk& chunk, int64_t t, double g, double e,
+                                             double* size = nullptr) {
   const Expected row = expected_row(chunk, t);
   std::vector<double> out;
   double squares = 0;

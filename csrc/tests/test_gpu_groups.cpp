@@ -117,7 +117,8 @@ TEST(gpu_token_weights_are_the_cpus) {
                           std::vector<int64_t>(tokens, -1)};
       Results wanted = blank, found = blank;
       const int64_t count = token_weights(batch, aggregation, normalized ? std::optional<double>(37.0) : std::nullopt,
-                                          every_row, {wanted.weights.data(), wanted.advantages.data(), wanted.active.data()});
+                                          every_row,
+                                          {wanted.weights.data(), wanted.advantages.data(), wanted.active.data()});
       int64_t num_active = -1;
       std::vector<int64_t> counts(2 * sequences, -1);
       const TokenTask task{batch,

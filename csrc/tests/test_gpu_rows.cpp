@@ -1,5 +1,5 @@
-// The GPU's row kernels in the emulator, against plain double loops: row_algorithm.h and row_cluster.h as they are compiled
-// for GPUs, at real vocabularies and at small ones where every tail, split and alignment occurs.
+// The GPU's row kernels in the emulator, against plain double loops: row_algorithm.h and row_cluster.h as they are
+// compiled for GPUs, at real vocabularies and at small ones where every tail, split and alignment occurs.
 
 #include <array>
 #include <functional>
@@ -37,7 +37,12 @@ struct Run {
   std::vector<float> apart;  // dx [R, apart_stride], in `dtype`
 
   Run(const Chunk& with, DType out, bool over_logits)
-      : chunk(with), dtype(out), over(over_logits), logprobs(size_t(with.num), kGuard), entropy(logprobs), lse(logprobs) {
+      : chunk(with),
+        dtype(out),
+        over(over_logits),
+        logprobs(size_t(with.num), kGuard),
+        entropy(logprobs),
+        lse(logprobs) {
     live.assign(size_t(with.num), 7);
     apart_stride = (with.width + 15) / 8 * 8;
     apart.assign(over ? 0 : size_t(with.num * apart_stride), kGuard);
@@ -279,8 +284,8 @@ void check_hard_row(const char* name, const std::function<void(Chunk&)>& spoil) 
         const std::vector<double> expected = expected_gradient(chunk, t, 1.0, 0.2f);
         const double bound = 1e-6 + 4 * expected_row(chunk, t).resolution;
         for (int64_t v = 0; v < width; ++v) {
-          CHECK(std::abs(after.dx(t, v) - expected[size_t(v)]) <= bound, "%s, V %d, row %d, v %d: %g, expected %g", name,
-                int(width), int(t), int(v), after.dx(t, v), expected[size_t(v)]);
+          CHECK(std::abs(after.dx(t, v) - expected[size_t(v)]) <= bound, "%s, V %d, row %d, v %d: %g, expected %g",
+                name, int(width), int(t), int(v), after.dx(t, v), expected[size_t(v)]);
         }
       }
     }
@@ -350,8 +355,8 @@ TEST(gpu_splits_hold_their_rows) {
   const auto has = [](int64_t width, int ranks, int stages, int blocks) {
     const ClusterSplit split = grpo_fast::split_row(width, kHopper);
     const int resident = (kHopper + 1024) / (split.shared_bytes + 1024);
-    CHECK(split.ranks == ranks && split.stages == stages && resident >= blocks, "V %d: %d blocks, %d stages, %d resident",
-          int(width), split.ranks, split.stages, resident);
+    CHECK(split.ranks == ranks && split.stages == stages && resident >= blocks,
+          "V %d: %d blocks, %d stages, %d resident", int(width), split.ranks, split.stages, resident);
   };
   has(1000, 1, 2, 2), has(32000, 4, 2, 2), has(50257, 4, 2, 2), has(114000, 8, 2, 2);
   has(128256, 8, 1, 2), has(151936, 8, 1, 2), has(256000, 8, 1, 1);
