@@ -16,8 +16,9 @@ ARCHITECTURES = ("80", "86", "89", "90a", "100")
 """Machine code for these; and PTX of the last, which drivers compile for what comes later."""
 KERNELS = ("row_cuda.cu", "group_cuda.cu")
 BINDINGS = "bindings_cuda.cpp"
-# -fmad=false: row_math.h says where a multiplication and an addition are one instruction.
-FLAGS = ("-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra", "-Xptxas=-v")
+FLAGS = ("-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-Wextra")
+# -fmad=false: row_math.h says where a multiplication and an addition are one instruction. -v: registers and spills.
+KERNEL_FLAGS = (*FLAGS, "-O3", "-fmad=false", "-Xptxas=-v")
 WARNINGS_ARE_ERRORS = ("-Werror=all-warnings", "-Xcompiler=-Werror")
 
 
@@ -53,7 +54,7 @@ def supported(nvcc: str) -> tuple[str, ...]:
 def targets(architectures: Sequence[str], *, ptx: bool = True) -> list[str]:
     """The -gencode options."""
     options = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in architectures]
-    last = architectures[-1]
+    last = architectures[-1].rstrip("a")  # PTX of sm_90a runs on nothing else
     return [*options, f"-gencode=arch=compute_{last},code=compute_{last}"] if ptx else options
 
 
@@ -62,7 +63,7 @@ def compile_kernels(
 ) -> tuple[list[Path], str]:
     """Objects of the kernels, in `folder`, and nvcc's words (registers, spills). jobs 0: as many as there are cores."""
     objects = [folder / Path(name).with_suffix(".o").name for name in KERNELS]
-    common = [nvcc, *FLAGS, f"--threads={jobs}", *options, "-c"]
+    common = [nvcc, *KERNEL_FLAGS, f"--threads={jobs}", *options, "-c"]
     log = "".join(run([*common, csrc / name, "-o", made]) for name, made in zip(KERNELS, objects, strict=True))
     return objects, log
 
@@ -85,9 +86,9 @@ def build(
     """
     folder.mkdir(parents=True, exist_ok=True)
     output.parent.mkdir(parents=True, exist_ok=True)
-    names = ",".join([f"sm_{arch}" for arch in architectures] + [f"compute_{architectures[-1]}"] * ptx)
+    names = ",".join([f"sm_{arch}" for arch in architectures] + [f"compute_{architectures[-1].rstrip('a')}"] * ptx)
     bindings = folder / Path(BINDINGS).with_suffix(".o").name
-    hosts = [nvcc, *FLAGS, *options, *(f"-I{path}" for path in includes), f'-DGRPO_FAST_ARCHITECTURES="{names}"']
+    hosts = [nvcc, *FLAGS, "-O1", *options, *(f"-I{path}" for path in includes), f'-DGRPO_FAST_ARCHITECTURES="{names}"']
     with ThreadPoolExecutor(2) as pool:  # the bindings beside the kernels
         bound = pool.submit(run, [*hosts, "-c", csrc / BINDINGS, "-o", bindings])
         objects, log = compile_kernels(nvcc, folder, [*targets(architectures, ptx=ptx), *options], csrc=csrc)

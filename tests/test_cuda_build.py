@@ -86,6 +86,17 @@ def test_every_architecture_is_known_to_this_compiler() -> None:
     options = nvcc.targets(nvcc.ARCHITECTURES)
     assert "-gencode=arch=compute_90a,code=sm_90a" in options
     assert options[-1] == "-gencode=arch=compute_100,code=compute_100"
+    assert (
+        nvcc.targets(("80", "90a"))[-1] == "-gencode=arch=compute_90,code=compute_90"
+    )  # of 90a it would run nowhere else
+
+
+def test_a_missing_compiler_is_not_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setenv("CUDA_HOME", "/somewhere")
+    monkeypatch.setattr(nvcc.shutil, "which", asked.append)
+    assert nvcc.find_nvcc() is None
+    assert asked == ["nvcc", "/somewhere/bin/nvcc", "/usr/local/cuda/bin/nvcc"]
 
 
 def test_no_kernel_spills(built: Build) -> None:
