@@ -45,9 +45,10 @@ venv: $(VENV)/.stamp-dev
 demo: $(VENV)/.stamp-demo
 	$(BIN)/grpo-fast train recipes/demo.yaml output_dir=$(RUN) overwrite=true $(ARGS)
 
-# One process a core, one thread a process.
+# One process a core, one thread a process. Triton reads TRITON_INTERPRET when it is imported, hence two runs.
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical tests/interpreted
 
 # All threads, and nothing else on the machine. More: pytest benchmarks/test_loss.py, benchmarks/test_growth.py.
 bench: $(VENV)/.stamp-bench

@@ -77,40 +77,52 @@ void advantages_of(Address rewards, int64_t num_completions, int64_t num_rewards
                    aggregation, at<Real>(out));
 }
 
+template <typename Real>
+int64_t token_rows_of(Address cu_seqlens, int64_t num_sequences, int64_t num_tokens, Address mask, Address advantages,
+                      bool advantages_per_token, Address importance, TokenAggregation aggregation,
+                      std::optional<double> normalizer, bool every_row, Address weights, Address token_advantages,
+                      Address active, Address rows) {
+  TokenBatch<Real> batch;
+  batch.num_tokens = num_tokens;
+  batch.num_sequences = num_sequences;
+  batch.cu_seqlens = at<const int64_t>(cu_seqlens);
+  batch.mask = at<const uint8_t>(mask);
+  batch.advantages = at<const Real>(advantages);
+  batch.advantages_per_token = advantages_per_token;
+  batch.importance = at<const Real>(importance);
+  const TokenRows<Real> out{at<Real>(weights), at<Real>(token_advantages), at<uint8_t>(active), at<int64_t>(rows)};
+  return token_rows(batch, aggregation, normalizer, every_row, out);
+}
+
 void bind_groups(py::module_& m) {
   m.def(
       "group_advantages",
-      [](DType dtype, Address rewards, int64_t num_completions, int64_t num_rewards, Address weights, Address order,
-         Address offsets, int64_t num_groups, AdvantageScale scale, RewardAggregation aggregation, Address out) {
+      [](DType dtype, Address rewards, int64_t num_completions, int64_t num_rewards, Address weights,
+         int64_t group_size, Address order, Address offsets, int64_t num_groups, AdvantageScale scale,
+         RewardAggregation aggregation, Address out) {
         Groups groups;
+        groups.group_size = group_size;
         groups.order = at<const int64_t>(order);
         groups.offsets = at<const int64_t>(offsets);
         groups.num_groups = num_groups;
         (dtype == DType::kFloat64 ? advantages_of<double> : advantages_of<float>)(
             rewards, num_completions, num_rewards, weights, groups, scale, aggregation, out);
       },
-      Unlocked(), "dtype"_a, py::kw_only(), "rewards"_a, "num_completions"_a, "num_rewards"_a, "weights"_a, "order"_a,
-      "offsets"_a, "num_groups"_a, "scale"_a, "aggregation"_a, "out"_a);
+      Unlocked(), "dtype"_a, py::kw_only(), "rewards"_a, "num_completions"_a, "num_rewards"_a, "weights"_a,
+      "group_size"_a, "order"_a, "offsets"_a, "num_groups"_a, "scale"_a, "aggregation"_a, "out"_a);
   m.def(
-      "token_weights",
-      [](Address cu_seqlens, int64_t num_sequences, int64_t num_tokens, Address mask, Address advantages,
+      "token_rows",
+      [](DType dtype, Address cu_seqlens, int64_t num_sequences, int64_t num_tokens, Address mask, Address advantages,
          bool advantages_per_token, Address importance, TokenAggregation aggregation, std::optional<double> normalizer,
-         bool every_row, Address weights, Address token_advantages, Address active) {
-        TokenBatch<float> batch;
-        batch.num_tokens = num_tokens;
-        batch.num_sequences = num_sequences;
-        batch.cu_seqlens = at<const int64_t>(cu_seqlens);
-        batch.mask = at<const uint8_t>(mask);
-        batch.advantages = at<const float>(advantages);
-        batch.advantages_per_token = advantages_per_token;
-        batch.importance = at<const float>(importance);
-        const TokenRows<float> rows{at<float>(weights), at<float>(token_advantages), at<int64_t>(active)};
-        return token_weights(batch, aggregation, normalizer, every_row, rows);
+         bool every_row, Address weights, Address token_advantages, Address active, Address rows) {
+        return (dtype == DType::kFloat64 ? token_rows_of<double> : token_rows_of<float>)(
+            cu_seqlens, num_sequences, num_tokens, mask, advantages, advantages_per_token, importance, aggregation,
+            normalizer, every_row, weights, token_advantages, active, rows);
       },
-      Unlocked(), "Weights, advantages and active rows of packed float32 tokens; returns the number of active rows.",
+      Unlocked(), "Weights, advantages and active rows of packed tokens; returns the number of active rows.", "dtype"_a,
       py::kw_only(), "cu_seqlens"_a, "num_sequences"_a, "num_tokens"_a, "mask"_a, "advantages"_a,
       "advantages_per_token"_a, "importance"_a, "aggregation"_a, "normalizer"_a, "every_row"_a, "weights"_a,
-      "token_advantages"_a, "active"_a);
+      "token_advantages"_a, "active"_a, "rows"_a);
 }
 
 void bind_gemms(py::module_& m) {

@@ -65,24 +65,25 @@ void advantages_of(Address rewards, int64_t num_completions, int64_t num_rewards
 void bind_groups(py::module_& m) {
   m.def(
       "group_advantages",
-      [](DType dtype, Address rewards, int64_t num_completions, int64_t num_rewards, Address weights, Address order,
-         Address offsets, int64_t num_groups, AdvantageScale scale, RewardAggregation aggregation, Address out,
-         int device, Address stream) {
+      [](DType dtype, Address rewards, int64_t num_completions, int64_t num_rewards, Address weights,
+         int64_t group_size, Address order, Address offsets, int64_t num_groups, AdvantageScale scale,
+         RewardAggregation aggregation, Address out, int device, Address stream) {
         Groups groups;
+        groups.group_size = group_size;
         groups.order = at<const int64_t>(order);
         groups.offsets = at<const int64_t>(offsets);
         groups.num_groups = num_groups;
         (dtype == DType::kFloat64 ? advantages_of<double> : advantages_of<float>)(
             rewards, num_completions, num_rewards, weights, groups, scale, aggregation, out, queue_of(device, stream));
       },
-      Unlocked(), "dtype"_a, py::kw_only(), "rewards"_a, "num_completions"_a, "num_rewards"_a, "weights"_a, "order"_a,
-      "offsets"_a, "num_groups"_a, "scale"_a, "aggregation"_a, "out"_a, "device"_a, "stream"_a);
+      Unlocked(), "dtype"_a, py::kw_only(), "rewards"_a, "num_completions"_a, "num_rewards"_a, "weights"_a,
+      "group_size"_a, "order"_a, "offsets"_a, "num_groups"_a, "scale"_a, "aggregation"_a, "out"_a, "device"_a, "stream"_a);
   m.def(
-      "token_weights",
+      "token_rows",
       [](Address cu_seqlens, int64_t num_sequences, int64_t num_tokens, Address mask, Address advantages,
          bool advantages_per_token, Address importance, TokenAggregation aggregation, Address normalizer,
          float normalizer_value, bool every_row, Address weights, Address token_advantages, Address active,
-         Address num_active, Address counts, int device, Address stream) {
+         Address rows, Address num_active, Address counts, int device, Address stream) {
         TokenBatch<float> batch;
         batch.num_tokens = num_tokens;
         batch.num_sequences = num_sequences;
@@ -91,13 +92,14 @@ void bind_groups(py::module_& m) {
         batch.advantages = at<const float>(advantages);
         batch.advantages_per_token = advantages_per_token;
         batch.importance = at<const float>(importance);
-        const TokenRows<float> rows{at<float>(weights), at<float>(token_advantages), at<int64_t>(active)};
-        token_weights_cuda(batch, aggregation, {at<const float>(normalizer), normalizer_value}, every_row, rows,
-                           at<int64_t>(num_active), at<int64_t>(counts), queue_of(device, stream));
+        const TokenRows<float> out{at<float>(weights), at<float>(token_advantages), at<uint8_t>(active),
+                                   at<int64_t>(rows)};
+        token_rows_cuda(batch, aggregation, {at<const float>(normalizer), normalizer_value}, every_row, out,
+                        at<int64_t>(num_active), at<int64_t>(counts), queue_of(device, stream));
       },
       Unlocked(), py::kw_only(), "cu_seqlens"_a, "num_sequences"_a, "num_tokens"_a, "mask"_a, "advantages"_a,
       "advantages_per_token"_a, "importance"_a, "aggregation"_a, "normalizer"_a, "normalizer_value"_a, "every_row"_a,
-      "weights"_a, "token_advantages"_a, "active"_a, "num_active"_a, "counts"_a, "device"_a, "stream"_a,
+      "weights"_a, "token_advantages"_a, "active"_a, "rows"_a, "num_active"_a, "counts"_a, "device"_a, "stream"_a,
       "num_active [1], counts [2 S] (scratch): int64 on the device. normalizer 0 and normalizer_value NaN: none.");
 }
 

@@ -218,6 +218,7 @@ GRPO_FAST_INLINE void write_sequence(Lane& lane, const TokenTask& task, int64_t*
     if (inside) {
       task.rows.weights[t] = carries ? weight : 0.0f;
       task.rows.advantages[t] = carries ? batch.advantages[batch.advantages_per_token ? t : s] : 0.0f;
+      task.rows.active[t] = active;
     }
     const uint32_t votes = lane.ballot(active);
     int* counts = places + turn * kWarp;  // the other half is still being read
@@ -229,7 +230,7 @@ GRPO_FAST_INLINE void write_sequence(Lane& lane, const TokenTask& task, int64_t*
       all += counts[w];
     }
     const uint32_t lower_lanes = (1u << lane.thread() % kWarp) - 1;
-    if (active) task.rows.active[row + lower + lane.count_bits(votes & lower_lanes)] = t;
+    if (active) task.rows.rows[row + lower + lane.count_bits(votes & lower_lanes)] = t;
     row += all;
   }
 }

@@ -181,6 +181,7 @@ void check_batch(const TokenBatch<Real>& batch, const TokenRows<Real>& rows, std
   require_pointer("rows.weights", rows.weights, any);
   require_pointer("rows.advantages", rows.advantages, any);
   require_pointer("rows.active", rows.active, any);
+  require_pointer("rows.rows", rows.rows, any);
   if (normalizer && !(*normalizer > 0 && std::isfinite(*normalizer))) {
     refuse("normalizer", "a finite number > 0", std::to_string(*normalizer));
   }
@@ -189,8 +190,8 @@ void check_batch(const TokenBatch<Real>& batch, const TokenRows<Real>& rows, std
 }  // namespace
 
 template <typename Real>
-int64_t token_weights(const TokenBatch<Real>& batch, TokenAggregation aggregation, std::optional<double> normalizer,
-                      bool every_row, const TokenRows<Real>& rows) {
+int64_t token_rows(const TokenBatch<Real>& batch, TokenAggregation aggregation, std::optional<double> normalizer,
+                   bool every_row, const TokenRows<Real>& rows) {
   check_batch(batch, rows, normalizer);
   const int64_t num_sequences = batch.num_sequences;
   [[maybe_unused]] const bool parallel = batch.num_tokens >= kParallelTokens;
@@ -224,7 +225,9 @@ int64_t token_weights(const TokenBatch<Real>& batch, TokenAggregation aggregatio
       const bool carries = carries_loss(batch, t);
       rows.weights[t] = carries ? weight : Real(0);
       rows.advantages[t] = carries ? batch.advantages[batch.advantages_per_token ? t : s] : Real(0);
-      if (carries && (every_row || has_gradient(batch, s, t))) rows.active[row++] = t;
+      const bool active = carries && (every_row || has_gradient(batch, s, t));
+      rows.active[t] = active;
+      if (active) rows.rows[row++] = t;
     }
   }
   return first_row[static_cast<size_t>(num_sequences)];
@@ -233,8 +236,8 @@ int64_t token_weights(const TokenBatch<Real>& batch, TokenAggregation aggregatio
 #define GRPO_FAST_INSTANTIATE(Real)                                                                                 \
   template void group_advantages<Real>(const Real*, int64_t, int64_t, const double*, const Groups&, AdvantageScale, \
                                        RewardAggregation, Real*);                                                   \
-  template int64_t token_weights<Real>(const TokenBatch<Real>&, TokenAggregation, std::optional<double>, bool,      \
-                                       const TokenRows<Real>&);
+  template int64_t token_rows<Real>(const TokenBatch<Real>&, TokenAggregation, std::optional<double>, bool,         \
+                                    const TokenRows<Real>&);
 GRPO_FAST_INSTANTIATE(float)
 GRPO_FAST_INSTANTIATE(double)
 #undef GRPO_FAST_INSTANTIATE

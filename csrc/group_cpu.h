@@ -2,7 +2,7 @@
 //
 // Legend: N completions, K reward functions, T packed tokens, S sequences, m mask, L_s unmasked tokens of sequence s.
 // Pointers are to contiguous arrays that the caller owns. `Real` is float or double. The twin of grpo_fast/advantages.py
-// and aggregation.py: same formulas, statistics in double, results rounded where they are rounded there.
+// and rows.py: same formulas, statistics in double, results rounded where they are rounded there.
 //
 // All functions throw std::invalid_argument naming the argument, what was expected and what came.
 
@@ -57,15 +57,17 @@ template <typename Real>
 struct TokenRows {
   Real* weights = nullptr;     // [T] weight of each token's term, 0 where masked
   Real* advantages = nullptr;  // [T], 0 where masked
-  int64_t* active = nullptr;   // [T] space for the indices of the rows to compute, increasing
+  uint8_t* active = nullptr;   // [T] 1 at the rows to compute, else 0
+  int64_t* rows = nullptr;     // [T] space for their indices, increasing
 };
 
-// Weights, advantages and active rows, written in one pass over the tokens. Returns the number of active rows.
+// Weights, advantages and active rows, written in one pass over the tokens. Returns the number of active rows. The
+// twin of kernels/group_rows.py.
 //
 // `normalizer` replaces D. A row is active if it is unmasked and, unless `every_row`, neither its advantage nor its
-// importance is 0.
+// importance is 0. Nothing is read of masked tokens: anything may stand there.
 template <typename Real>
-int64_t token_weights(const TokenBatch<Real>& batch, TokenAggregation aggregation, std::optional<double> normalizer,
-                      bool every_row, const TokenRows<Real>& rows);
+int64_t token_rows(const TokenBatch<Real>& batch, TokenAggregation aggregation, std::optional<double> normalizer,
+                   bool every_row, const TokenRows<Real>& rows);
 
 }  // namespace grpo_fast

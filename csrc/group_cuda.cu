@@ -65,9 +65,9 @@ template void group_advantages_cuda<float>(const float*, int64_t, int64_t, const
 template void group_advantages_cuda<double>(const double*, int64_t, int64_t, const double*, const Groups&,
                                             AdvantageScale, RewardAggregation, double*, CudaQueue);
 
-void token_weights_cuda(const TokenBatch<float>& batch, TokenAggregation aggregation, Scalar normalizer, bool every_row,
-                        const TokenRows<float>& rows, int64_t* num_active, int64_t* counts, CudaQueue queue) {
-  LaunchShape shape{"token_weights of " + std::to_string(batch.num_tokens) + " tokens, counts", batch.num_sequences,
+void token_rows_cuda(const TokenBatch<float>& batch, TokenAggregation aggregation, Scalar normalizer, bool every_row,
+                     const TokenRows<float>& rows, int64_t* num_active, int64_t* counts, CudaQueue queue) {
+  LaunchShape shape{"token_rows of " + std::to_string(batch.num_tokens) + " tokens, counts", batch.num_sequences,
                     kTokenThreads, 1, 0};
   if (batch.num_tokens < 0 || batch.num_sequences < 0 || (batch.num_tokens > 0 && batch.num_sequences == 0)) {
     throw std::invalid_argument("cu_seqlens: expected sequences that hold all tokens; got " +
@@ -80,7 +80,7 @@ void token_weights_cuda(const TokenBatch<float>& batch, TokenAggregation aggrega
   }
   const TokenTask task{batch, aggregation, normalizer, every_row, rows, num_active, counts};
   launch(count_kernel, shape, queue.stream, task);
-  shape.kernel = "token_weights of " + std::to_string(batch.num_tokens) + " tokens, weights and active rows";
+  shape.kernel = "token_rows of " + std::to_string(batch.num_tokens) + " tokens, weights and active rows";
   launch(write_kernel, shape, queue.stream, task);
 }
 

@@ -21,8 +21,8 @@ void group_advantages_cuda(const Real* rewards, int64_t num_completions, int64_t
 
 // A block a sequence, twice: counts, then everything else.
 //   normalizer: replaces D; NaN (on the host): none.
-//   num_active: [1] the number of indices in rows.active.     counts: [2 S] scratch.
-void token_weights_cuda(const TokenBatch<float>& batch, TokenAggregation aggregation, Scalar normalizer, bool every_row,
-                        const TokenRows<float>& rows, int64_t* num_active, int64_t* counts, CudaQueue queue);
+//   num_active: [1] the number of indices in rows.rows.     counts: [2 S] scratch.
+void token_rows_cuda(const TokenBatch<float>& batch, TokenAggregation aggregation, Scalar normalizer, bool every_row,
+                     const TokenRows<float>& rows, int64_t* num_active, int64_t* counts, CudaQueue queue);
 
 }  // namespace grpo_fast

@@ -60,14 +60,29 @@ def group_advantages(
     if not isinstance(rewards, Tensor) or rewards.dim() not in (1, 2):
         raise ValueError(f"rewards: expected a tensor [N] or [N, K]; got {_describe(rewards)}")
     table = (rewards[:, None] if rewards.dim() == 1 else rewards).to(torch.promote_types(rewards.dtype, torch.float32))
-    factors = _weights(weights, table)
-    groups = _Groups.of(table.shape[0], group_size, group_ids, rewards.device)
+    factors = None if weights is None else _factors(weights, table)
+    _check_grouping(table.shape[0], group_size, group_ids, rewards.device)
     if aggregation == "normalize_then_sum" and scale not in ("group", "batch"):
         raise ValueError(f"scale: normalize_then_sum z-scores by group and batch; expected group, got {scale!r}")
-    native = native_group_advantages(table, factors, groups.order, groups.lengths, scale, aggregation)
+    labels, order = (None, None) if group_ids is None else group_ids.sort(stable=True)
+    native = native_group_advantages(
+        table, factors, group_size=group_size, order=order, labels=labels, scale=scale, aggregation=aggregation
+    )
     if native is not None:
         return native
+    if group_size is not None:
+        groups = _Groups.equal(table.shape[0], group_size, table.device)
+    else:
+        assert labels is not None
+        assert order is not None
+        groups = _Groups.sorted(labels, order)
+    return _advantages(table, factors, groups, scale, aggregation)
+
+
+def _advantages(table: Tensor, factors: Tensor | None, groups: _Groups, scale: str, aggregation: str) -> Tensor:
+    """The definition, by torch's operators."""
     missing = table.isnan().all(1)
+    factors = table.new_ones(table.shape[1]) if factors is None else factors
     if aggregation == "normalize_then_sum":
         scores = torch.stack([groups.z_score(column) for column in table.unbind(1)], dim=1)
         total = (scores * factors).nansum(1).masked_fill(missing, torch.nan)
@@ -105,24 +120,16 @@ class _Groups:
     lengths: Tensor
 
     @staticmethod
-    def of(num: int, group_size: int | None, group_ids: Tensor | None, device: torch.device) -> _Groups:
-        if (group_size is None) == (group_ids is None):
-            raise ValueError(
-                "group_size, group_ids: expected exactly one of them; got "
-                + ("neither" if group_size is None else "both")
-            )
-        if group_size is not None:
-            if not isinstance(group_size, int) or group_size < 1 or num % group_size != 0:
-                raise ValueError(f"group_size: expected a positive divisor of the {num} rewards; got {group_size!r}")
-            order = torch.arange(num, device=device)
-            return _Groups(order // group_size, order, order.new_full((num // group_size,), group_size))
-        assert group_ids is not None
-        if not isinstance(group_ids, Tensor) or group_ids.shape != (num,) or group_ids.is_floating_point():
-            raise ValueError(f"group_ids: expected an integer tensor [{num}]; got {_describe(group_ids)}")
-        if group_ids.device != device:
-            raise ValueError(f"group_ids: expected device {device}, that of rewards; got {group_ids.device}")
-        _, index, lengths = torch.unique(group_ids, return_inverse=True, return_counts=True)
-        return _Groups(index, index.argsort(stable=True), lengths)
+    def equal(num: int, group_size: int, device: torch.device) -> _Groups:
+        """Groups of one size, standing together."""
+        order = torch.arange(num, device=device)
+        return _Groups(order // group_size, order, order.new_full((num // group_size,), group_size))
+
+    @staticmethod
+    def sorted(labels: Tensor, order: Tensor) -> _Groups:
+        """Groups by the labels of the completions in `order`, which are ascending."""
+        _, numbers, lengths = torch.unique_consecutive(labels, return_inverse=True, return_counts=True)
+        return _Groups(torch.empty_like(numbers).scatter_(0, order, numbers), order, lengths)
 
     def whole(self) -> _Groups:
         """Everything as one group."""
@@ -155,13 +162,26 @@ class _Groups:
         return torch.segment_reduce(values[self.order].contiguous(), how, lengths=self.lengths, unsafe=True)
 
 
-def _weights(weights: Tensor | list[float] | None, table: Tensor) -> Tensor:
-    if weights is None:
-        return table.new_ones(table.shape[1])
+def _factors(weights: Tensor | list[float], table: Tensor) -> Tensor:
     factors = torch.as_tensor(weights, dtype=table.dtype, device=table.device)
     if factors.shape != table.shape[1:]:
         raise ValueError(f"weights: expected {table.shape[1]} numbers, one a reward; got {list(factors.shape)}")
     return factors
+
+
+def _check_grouping(num: int, group_size: int | None, group_ids: Tensor | None, device: torch.device) -> None:
+    """Exactly one way to say which completions stand together, and one that fits them."""
+    if (group_size is None) == (group_ids is None):
+        given = "neither" if group_size is None else "both"
+        raise ValueError(f"group_size, group_ids: expected exactly one of them; got {given}")
+    if group_ids is None:
+        if not isinstance(group_size, int) or group_size < 1 or num % group_size != 0:
+            raise ValueError(f"group_size: expected a positive divisor of the {num} rewards; got {group_size!r}")
+        return
+    if not isinstance(group_ids, Tensor) or group_ids.shape != (num,) or group_ids.is_floating_point():
+        raise ValueError(f"group_ids: expected an integer tensor [{num}]; got {_describe(group_ids)}")
+    if group_ids.device != device:
+        raise ValueError(f"group_ids: expected device {device}, that of rewards; got {group_ids.device}")
 
 
 def _describe(value: object) -> str:

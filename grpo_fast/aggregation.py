@@ -16,6 +16,13 @@ SEQUENCE_SUM = ("luspo",)
 TOKEN_MEAN = ("bnpo", "dapo", "cispo", "vespo", "dppo", "ppo_dual", "reinforce", "rloo")
 
 
+def aggregation_name(config: LossConfig) -> str:
+    """What is summed or averaged over what: "sequence_mean", "sequence_sum" or "token_mean"."""
+    if config.loss_type in SEQUENCE_MEAN:
+        return "sequence_mean"
+    return "token_mean" if config.loss_type in TOKEN_MEAN else "sequence_sum"
+
+
 def default_normalizer(config: LossConfig, mask: Tensor, segments: Segments) -> Tensor:
     """The denominator that `normalizer` replaces: S, sum of m, or S * C; at least 1. 0-dim."""
     if config.loss_type in TOKEN_MEAN:

@@ -7,6 +7,7 @@ always run for CPU tensors, elsewhere with GRPO_FAST_DEBUG=1.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +18,9 @@ from torch import Tensor
 
 from grpo_fast.config import LossConfig
 from grpo_fast.objectives import Tokens, importance_weight
+from grpo_fast.ops.group_backend import ActiveRows
 from grpo_fast.packing import Segments
+from grpo_fast.rows import token_rows
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -143,14 +146,14 @@ class TokenInputs:
 
     Attributes:
         tokens: with `mask` True at every token that carries loss.
-        shape: of the caller's layout, for handing results back.
-        masked: whether a mask was given.
+        weights: `[T]` weight of each token's term in the loss.
+        active: the rows to compute, or None for all.
         token_advantages: whether advantages came one a token.
     """
 
     tokens: Tokens
-    shape: tuple[int, ...]
-    masked: bool
+    weights: Tensor
+    active: ActiveRows | None
     token_advantages: bool
 
 
@@ -176,6 +179,7 @@ def token_inputs(
     cu_seqlens: Tensor | None,
     loss_mask: Tensor | None,
     config: LossConfig,
+    normalizer: Tensor | float | None,
     **logprobs: Tensor | None,
 ) -> TokenInputs:
     """Check the per-token arguments and bring them into the packed layout.
@@ -183,6 +187,7 @@ def token_inputs(
     Args:
         like: a tensor of the device and dtype (after promotion to float32) to work in.
         shape: `(T,)` or `(B, L)`.
+        normalizer: replaces the loss type's denominator.
         logprobs: `old_logprobs`, `ref_logprobs`, `sampling_logprobs`, each of `shape` or None.
 
     Raises:
@@ -203,12 +208,9 @@ def token_inputs(
     check_tensor(
         "advantages", advantages, shapes=[(sequences, "one a sequence"), (shape, "one a token")], device=device
     )
-    values = advantages.detach().to(dtype)
-    token_advantages = tuple(advantages.shape) != sequences
-    if not token_advantages:
-        values = segments.spread(values)
-    mask = torch.ones(num_tokens, dtype=torch.bool, device=device)
-    if loss_mask is not None:
+    if loss_mask is None:
+        mask = torch.ones(num_tokens, dtype=torch.bool, device=device)
+    else:
         check_tensor("loss_mask", loss_mask, shapes=[(shape, "one a token")], device=device)
         if loss_mask.is_floating_point() or loss_mask.is_complex():
             raise ValueError(f"loss_mask: expected dtype bool or an integer one; got {loss_mask.dtype}")
@@ -221,11 +223,23 @@ def token_inputs(
             # Whatever stands at masked positions (padding, NaN) must not reach a sum.
             tensor = torch.where(mask, tensor.detach().reshape(-1).to(dtype), 0.0)
         flat[name] = tensor
-    values = torch.where(mask, values.reshape(-1), 0.0)
-    tokens = Tokens(values, mask, segments, mask.sum(), **flat)
+    tokens = Tokens(advantages.detach().to(dtype).reshape(-1), mask, segments, mask.sum(), **flat)
     if tokens.old_logprobs is not None:
         tokens.importance = importance_weight(tokens.old_logprobs, tokens, config)
-    return TokenInputs(tokens, shape, loss_mask is not None, token_advantages)
+    _check_normalizer(normalizer)
+    rows = token_rows(tokens, config, normalizer, masked=loss_mask is not None)
+    tokens.advantages = rows.advantages
+    return TokenInputs(tokens, rows.weights, rows.active, tuple(advantages.shape) != sequences)
+
+
+def _check_normalizer(normalizer: Tensor | float | None) -> None:
+    if isinstance(normalizer, Tensor):
+        if normalizer.numel() != 1:
+            raise ValueError(f"normalizer: expected one number; got shape {list(normalizer.shape)}")
+        if not checks_values(normalizer):
+            return
+    if normalizer is not None and not 0 < float(normalizer) < math.inf:
+        raise ValueError(f"normalizer: expected a finite number > 0; got {float(normalizer)}")
 
 
 def _check_needed(config: LossConfig, logprobs: dict[str, Tensor | None]) -> None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_fast.aggregation import token_weights
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.inputs import (
     check_main_grad,
@@ -27,7 +26,8 @@ from grpo_fast.inputs import (
 )
 from grpo_fast.metrics import Metrics, collect_metrics
 from grpo_fast.objectives import couples_sequences, couples_tokens, objective, total_loss
-from grpo_fast.ops.launch import HeadLaunch, active_mask, computed_tokens
+from grpo_fast.ops.group_backend import ActiveRows
+from grpo_fast.ops.launch import HeadLaunch, computed_tokens
 
 __all__ = [
     "HeadConfig",
@@ -103,7 +103,8 @@ def token_logprobs(
         entropy: whether to return entropies.
         loss_mask: `[...]` bool or integer; rows where it is 0 are not computed: their results are 0.
         main_grad: `[V, H]` float32; the weight's gradient is added to it instead of being returned.
-        backend: "auto" or a backend's name. plan: "auto", "frozen_head", "recompute" or "lean".
+        backend: "auto" or a backend's name. plan: "auto", "frozen_head", "recompute", "lean",
+            or without gradients "fused_forward".
         workspace_bytes: cap on temporary memory; default 1 GiB on a GPU, 256 MiB elsewhere.
 
     Raises:
@@ -117,9 +118,9 @@ def token_logprobs(
     active = None
     if loss_mask is not None:
         check_tensor("loss_mask", loss_mask, shapes=[(shape, "one a row of hidden")], device=hidden.device)
-        active = loss_mask.reshape(-1) != 0
+        active = ActiveRows(loss_mask.reshape(-1) != 0)
     flat_targets = targets.reshape(-1).long()
-    check_target_range(flat_targets, active, weight.shape[0])
+    check_target_range(flat_targets, None if active is None else active.mask, weight.shape[0])
     call = HeadLaunch.of(hidden, weight, bias, flat_targets, active, temperature, head, backend, workspace_bytes)
     call.choose(plan, couples_tokens=True, couples_sequences=True, entropy_grad=False, longest=None)
     logprobs, entropies = call.logprobs(main_grad)
@@ -195,15 +196,15 @@ def grpo_loss(
         cu_seqlens=cu_seqlens,
         loss_mask=loss_mask,
         config=config,
+        normalizer=normalizer,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
         sampling_logprobs=sampling_logprobs,
     )
     flat_targets = targets.reshape(-1).long()
     check_target_range(flat_targets, inputs.tokens.mask, weight.shape[0])
-    active = active_mask(inputs.tokens, config, masked=inputs.masked)
+    tokens, weights, active = inputs.tokens, inputs.weights, inputs.active
     call = HeadLaunch.of(hidden, weight, bias, flat_targets, active, scale, head, backend, workspace_bytes)
-    tokens = inputs.tokens
     coupled = couples_tokens(config, has_old=old_logprobs is not None)
     alone = not couples_sequences(config)
     row_counts = call.row_counts(tokens) if coupled and alone and plan in ("auto", "resident") else None
@@ -215,8 +216,7 @@ def grpo_loss(
         # An objective that does not couple tokens could be cut anywhere: sequences of one row.
         longest=max(row_counts, default=0) if row_counts is not None else None if coupled else 1,
     )
-    weights = token_weights(config, tokens.mask, tokens.segments, normalizer, tokens.advantages.dtype)
-    computed = tokens if active is None else computed_tokens(tokens, active)
+    computed = tokens if active is None else computed_tokens(tokens, active.mask)
     if call.plan in ("single_pass", "resident"):
         counts = row_counts if call.plan == "resident" and coupled else None
         loss, logprobs, entropy = call.fused(computed, weights, config, counts, main_grad)
@@ -277,6 +277,7 @@ def policy_loss(
         cu_seqlens=cu_seqlens,
         loss_mask=loss_mask,
         config=config,
+        normalizer=normalizer,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
         sampling_logprobs=sampling_logprobs,
@@ -284,9 +285,8 @@ def policy_loss(
     tokens, dtype = inputs.tokens, inputs.tokens.advantages.dtype
     flat = torch.where(tokens.mask, logprobs.reshape(-1).to(dtype), 0.0)
     flat_entropy = None if entropy is None else torch.where(tokens.mask, entropy.reshape(-1).to(dtype), 0.0)
-    weights = token_weights(config, tokens.mask, tokens.segments, normalizer, dtype)
     terms = objective(flat, flat_entropy, tokens, config)
-    loss = total_loss(terms, flat_entropy, weights, config)
+    loss = total_loss(terms, flat_entropy, inputs.weights, config)
     detached_entropy = None if flat_entropy is None else flat_entropy.detach()
     metrics = collect_metrics(
         loss,

@@ -21,7 +21,7 @@ class Segments:
 
     Attributes:
         lengths: tokens per sequence, `[S]` int64.
-        index: the sequence of each token, `[T]` int64.
+        index: the sequence of each token, `[T]` int64; computed when first asked for.
     """
 
     def __init__(self, cu_seqlens: Tensor, num_tokens: int) -> None:
@@ -29,8 +29,14 @@ class Segments:
         self.num_tokens = num_tokens
         self.num_sequences = cu_seqlens.numel() - 1
         self.lengths = self.cu_seqlens[1:] - self.cu_seqlens[:-1]
-        numbers = torch.arange(self.num_sequences, device=cu_seqlens.device)
-        self.index = torch.repeat_interleave(numbers, self.lengths, output_size=num_tokens)
+        self._index: Tensor | None = None
+
+    @property
+    def index(self) -> Tensor:
+        if self._index is None:
+            numbers = torch.arange(self.num_sequences, device=self.cu_seqlens.device)
+            self._index = torch.repeat_interleave(numbers, self.lengths, output_size=self.num_tokens)
+        return self._index
 
     def sum(self, values: Tensor) -> Tensor:
         """Sum of `values` `[T]` over each sequence, `[S]`; accumulated in float64, 0 for empty sequences."""

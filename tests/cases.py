@@ -5,6 +5,7 @@ Legend: T packed tokens, H hidden size, V vocabulary, S sequences, L padded leng
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import pairwise
@@ -13,6 +14,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+"""Whether Triton kernels run on the CPU, by its interpreter."""
+BACKENDS = ("triton",) if INTERPRETED else ("cpu", "torch")
+"""Backends that run on this machine."""
 
 # -- tolerances -------------------------------------------------------------------------------------------------------
 

@@ -1,11 +1,19 @@
-"""Poison: memory that torch.empty hands out holds NaN, so reading what nobody wrote fails a test."""
+"""Poison: memory that torch.empty hands out holds NaN, so reading what nobody wrote fails a test.
+
+With TRITON_INTERPRET=1 "auto" is the triton backend, so that the tests of the losses judge its kernels too.
+"""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
+from grpo_fast.ops import backend
+from tests.cases import INTERPRETED
+
 torch.utils.deterministic.fill_uninitialized_memory = True
+if INTERPRETED:
+    backend._AUTO["cpu"] = ("triton",)
 
 
 @pytest.fixture(autouse=True)

@@ -8,14 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_fast.aggregation import token_weights
 from grpo_fast.config import LossConfig
 from grpo_fast.loss import grpo_loss
 from grpo_fast.objectives import couples_tokens
 from grpo_fast.ops import backend as table
 from grpo_fast.ops import cpu_backend
 from grpo_fast.ops.backend import get_backend, resolve_backend
-from grpo_fast.packing import Segments
 from tests.cases import OBJECTIVES, make_case, rel_rms
 
 CPU = torch.device("cpu")
@@ -159,35 +157,3 @@ def test_what_is_not_built_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -
 def test_auto_prefers_it_on_a_cpu_only() -> None:
     assert resolve_backend("auto", CPU) == "cpu"
     assert "run on the CPU" in str(get_backend("cpu").why_unavailable(torch.device("cuda")))
-
-
-@needs_native
-@pytest.mark.parametrize("loss_type", ["grpo", "luspo", "dapo"])
-@pytest.mark.parametrize("normalizer", [None, 37.0])
-def test_token_weights_in_one_pass(loss_type: str, normalizer: float | None) -> None:
-    case = make_case(5, zero_advantages=0.4)
-    num_tokens, num_sequences = case.targets.numel(), case.advantages.numel()
-    segments = Segments(case.cu_seqlens, num_tokens)
-    names = {"grpo": "sequence_mean", "luspo": "sequence_sum", "dapo": "token_mean"}
-    weights, spread = torch.empty(num_tokens), torch.empty(num_tokens)
-    active = torch.empty(num_tokens, dtype=torch.int64)
-    count = _C.token_weights(
-        cu_seqlens=case.cu_seqlens.data_ptr(),
-        num_sequences=num_sequences,
-        num_tokens=num_tokens,
-        mask=case.loss_mask.data_ptr(),
-        advantages=case.advantages.data_ptr(),
-        advantages_per_token=False,
-        importance=0,
-        aggregation=getattr(_C.TokenAggregation, names[loss_type]),
-        normalizer=normalizer,
-        every_row=False,
-        weights=weights.data_ptr(),
-        token_advantages=spread.data_ptr(),
-        active=active.data_ptr(),
-    )
-    expected = segments.spread(case.advantages) * case.loss_mask
-    config = LossConfig(loss_type=loss_type)
-    assert rel_rms(weights, token_weights(config, case.loss_mask, segments, normalizer, torch.float32)) <= 1e-6
-    assert torch.equal(spread, expected)
-    assert torch.equal(active[:count], expected.nonzero()[:, 0])

@@ -177,6 +177,7 @@ def test_advantages(scale: str, emulated: Any) -> None:
         num_completions=24,
         num_rewards=2,
         weights=weights.data_ptr(),
+        group_size=0,
         order=order.data_ptr(),
         offsets=offsets.data_ptr(),
         num_groups=3,
@@ -189,13 +190,14 @@ def test_advantages(scale: str, emulated: Any) -> None:
     assert rel_rms(out, group_advantages(rewards, group_ids=ids, scale=scale, weights=[0.5, 2.0])) <= 1e-6
 
 
-def test_token_weights(emulated: Any) -> None:
+def test_token_rows(emulated: Any) -> None:
     case = make_case(5, zero_advantages=0.4)
     num_tokens, num_sequences = case.targets.numel(), case.advantages.numel()
     weights, spread = torch.empty(num_tokens), torch.empty(num_tokens)
-    active, count = torch.empty(num_tokens, dtype=torch.int64), torch.empty(1, dtype=torch.int64)
+    active, rows = torch.empty(num_tokens, dtype=torch.bool), torch.empty(num_tokens, dtype=torch.int64)
+    count = torch.empty(1, dtype=torch.int64)
     counts = torch.empty(2 * num_sequences, dtype=torch.int64)
-    emulated.token_weights(
+    emulated.token_rows(
         cu_seqlens=case.cu_seqlens.data_ptr(),
         num_sequences=num_sequences,
         num_tokens=num_tokens,
@@ -210,6 +212,7 @@ def test_token_weights(emulated: Any) -> None:
         weights=weights.data_ptr(),
         token_advantages=spread.data_ptr(),
         active=active.data_ptr(),
+        rows=rows.data_ptr(),
         num_active=count.data_ptr(),
         counts=counts.data_ptr(),
         device=CLUSTERS,
@@ -220,7 +223,8 @@ def test_token_weights(emulated: Any) -> None:
     wanted = token_weights(LossConfig(loss_type="grpo"), case.loss_mask, segments, None, torch.float32)
     assert rel_rms(weights, wanted) <= 1e-6
     assert torch.equal(spread, expected)
-    assert torch.equal(active[: int(count)], expected.nonzero()[:, 0])
+    assert torch.equal(active, expected != 0)
+    assert torch.equal(rows[: int(count)], expected.nonzero()[:, 0])
 
 
 # -- where it is not --------------------------------------------------------------------------------------------------

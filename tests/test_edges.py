@@ -114,13 +114,16 @@ def test_vocabulary_of_one_and_single_tokens() -> None:
 @pytest.mark.parametrize("vocab", [1000, 32003])
 def test_first_step_ratio_is_exactly_one(vocab: int, dtype: torch.dtype) -> None:
     """Old logprobs without gradient and current ones in any plan, compaction and packing agree bit for bit."""
-    lengths = (150, 7, 33, 0, 90, 41)
+    check_first_step_ratio(vocab, dtype, (150, 7, 33, 0, 90, 41))
+
+
+def check_first_step_ratio(vocab: int, dtype: torch.dtype, lengths: tuple[int, ...]) -> None:
     case = make_case(4, lengths, hidden_size=64, vocab=vocab, dtype=dtype, zero_advantages=0.4)
-    workspace = 2**28
+    workspace, rows = 2**28, slice(sum(lengths[:2]), sum(lengths[:3]))
     with torch.no_grad():
         old = token_logprobs(case.hidden, case.weight, case.targets, workspace_bytes=workspace).logprobs
-        alone = token_logprobs(case.hidden[157:190], case.weight, case.targets[157:190], workspace_bytes=workspace)
-    assert torch.equal(alone.logprobs, old[157:190])
+        alone = token_logprobs(case.hidden[rows], case.weight, case.targets[rows], workspace_bytes=workspace)
+    assert torch.equal(alone.logprobs, old[rows])
     for plan, config in (
         ("single_pass", LossConfig()),
         ("resident", GSPO),
@@ -326,7 +329,7 @@ BAD_LOSS_INPUTS: list[tuple[str, dict[str, Any], str]] = [
         {"config": LossConfig(importance_sampling_mode="token_mask")},
         "sampling_logprobs: expected a tensor, as importance_sampling_mode is 'token_mask'; got None",
     ),
-    ("backend", {"backend": "tpu"}, "backend: expected auto or one of cpu, torch.*got 'tpu'"),
+    ("backend", {"backend": "tpu"}, "backend: expected auto or one of triton, cpu, torch.*got 'tpu'"),
     ("plan", {"plan": "fast"}, "plan: expected auto or one of single_pass.*got 'fast'"),
     ("plan coupled", {"plan": "single_pass", "config": GSPO}, "plan: 'single_pass' cannot serve this call"),
     ("plan frozen", {"plan": "frozen_head"}, "plan: 'frozen_head' cannot serve .*weight or bias needs a gradient"),

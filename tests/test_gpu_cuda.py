@@ -197,16 +197,16 @@ def test_groups(scale: str) -> None:
     expected = group_advantages(rewards, group_size=16, scale=scale, weights=[0.5, 2.0, 1.0])
     on_device, out = rewards.to(DEVICE), torch.full((4096,), torch.nan, device=DEVICE)
     weights = torch.tensor([0.5, 2.0, 1.0], dtype=torch.float64, device=DEVICE)
-    offsets = torch.arange(0, 4097, 16, device=DEVICE)
     native.group_advantages(
         native.DType.float32,
         rewards=on_device.data_ptr(),
         num_completions=4096,
         num_rewards=3,
         weights=weights.data_ptr(),
+        group_size=16,
         order=0,
-        offsets=offsets.data_ptr(),
-        num_groups=256,
+        offsets=0,
+        num_groups=0,
         scale=getattr(native.AdvantageScale, scale),
         aggregation=native.RewardAggregation.sum_then_normalize,
         out=out.data_ptr(),
@@ -221,12 +221,12 @@ def test_groups_of_tokens(loss_type: str) -> None:
     case = make_case(5, lengths=(700, 0, 1, 5000, 33, 256), zero_advantages=0.4, device=DEVICE)
     num_tokens, num_sequences = case.targets.numel(), case.advantages.numel()
     weights, spread = (torch.full((num_tokens,), torch.nan, device=DEVICE) for _ in range(2))
-    active, count, counts = (
-        torch.empty(n, dtype=torch.int64, device=DEVICE) for n in (num_tokens, 1, 2 * num_sequences)
-    )
+    active = torch.empty(num_tokens, dtype=torch.bool, device=DEVICE)
+    sizes = (num_tokens, 1, 2 * num_sequences)
+    rows, count, counts = (torch.empty(n, dtype=torch.int64, device=DEVICE) for n in sizes)
     names = {"grpo": "sequence_mean", "luspo": "sequence_sum", "dapo": "token_mean"}
     assert case.cu_seqlens is not None
-    native.token_weights(
+    native.token_rows(
         cu_seqlens=case.cu_seqlens.data_ptr(),
         num_sequences=num_sequences,
         num_tokens=num_tokens,
@@ -241,6 +241,7 @@ def test_groups_of_tokens(loss_type: str) -> None:
         weights=weights.data_ptr(),
         token_advantages=spread.data_ptr(),
         active=active.data_ptr(),
+        rows=rows.data_ptr(),
         num_active=count.data_ptr(),
         counts=counts.data_ptr(),
         **cuda_backend._queue(weights),
@@ -250,4 +251,5 @@ def test_groups_of_tokens(loss_type: str) -> None:
     config = LossConfig(loss_type=loss_type)
     assert rel_rms(weights, token_weights(config, case.loss_mask, segments, None, torch.float32)) <= 1e-6
     assert torch.equal(spread, expected)
-    assert torch.equal(active[: int(count)], expected.nonzero()[:, 0])
+    assert torch.equal(active, expected != 0)
+    assert torch.equal(rows[: int(count)], expected.nonzero()[:, 0])

@@ -428,3 +428,10 @@ def test_plot_is_refreshed_and_never_stops_a_run(tmp_path, monkeypatch, caplog):
     with _logger(tmp_path, plot_steps=0) as logger:
         logger.step(1, STEP)
     assert not (tmp_path / "plot.png").exists()
+
+
+def test_a_run_stopped_before_its_first_step_has_no_plot_and_no_warning(tmp_path, caplog):
+    with _logger(tmp_path, plot_steps=1) as logger:
+        logger.eval(0, {"pass@1": 0.5})
+    assert not (tmp_path / "plot.png").exists()
+    assert not caplog.records

@@ -14,6 +14,7 @@ from grpo_fast.objectives import couples_sequences, couples_tokens
 from grpo_fast.reference import reference_logprobs, reference_loss
 from tests.cases import (
     AXES,
+    BACKENDS,
     OBJECTIVES,
     TOLERANCES,
     Case,
@@ -25,7 +26,6 @@ from tests.cases import (
 )
 
 WORKSPACE = 24 * 2**20
-BACKENDS = ("cpu", "torch")
 
 
 def head_options(case: Case) -> dict[str, Any]:

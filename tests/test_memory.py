@@ -7,12 +7,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from grpo_fast.loss import LossConfig, grpo_loss, token_logprobs
-from grpo_fast.ops import functions, launch, passes
+from grpo_fast.ops import functions, gradients, launch
 from grpo_fast.ops.backend import get_backend
 from tests.allocations import AllocationSpy
+from tests.cases import BACKENDS
 
 MIB = 2**20
-BACKENDS = ("cpu", "torch")
 PLANS = ("single_pass", "resident", "recompute", "lean", "frozen_head")
 SEQUENCE = LossConfig(importance_sampling_level="sequence", beta=0.1)
 TOKEN = LossConfig(beta=0.1, entropy_coef=0.01)
@@ -72,7 +72,7 @@ def test_real_run(plan: str, dtype: torch.dtype, backend: str) -> None:
 def test_large_shapes_without_running_them(plan: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """T = 8192, V = 151936 with the default CPU workspace, on fake tensors (which hold no values to count)."""
     tokens, vocab, width, sequences = 8192, 151936, 1024, 64
-    monkeypatch.setattr(passes, "_without_idle_rows", lambda index, hidden, dx, live: (index, hidden, dx))
+    monkeypatch.setattr(gradients, "_without_idle_rows", lambda index, hidden, dx, live: (index, hidden, dx))
     monkeypatch.setattr(functions, "_is_known_unit", lambda gradient: False)
     counts = [tokens // sequences] * sequences
     monkeypatch.setattr(launch.HeadLaunch, "row_counts", lambda self, tokens: counts)

@@ -78,15 +78,22 @@ def loss_table() -> list[str]:
     return lines
 
 
+def demo_steps(run: str) -> tuple[list[dict[str, Any]], list[float]]:
+    """The steps of a demo run, and its held-out accuracies."""
+    rows = [json.loads(line) for line in (RESULTS / run / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in rows if "step_time" in row], [row["eval/pass@1"] for row in rows if "eval/pass@1" in row]
+
+
 def test_numbers_of_the_demo() -> None:
-    rows = [json.loads(line) for line in (RESULTS / "demo" / "metrics.jsonl").read_text().splitlines()]
-    steps = [row for row in rows if "step_time" in row]
+    steps, held_out = demo_steps("demo")
     rewards = [row["reward"] for row in steps]
-    held_out = [row["eval/pass@1"] for row in rows if "eval/pass@1" in row]
     assert f"the {len(steps)} steps took {sum(row['step_time'] for row in steps):.0f} s" in text()
     assert f"mean reward {sum(rewards[:5]) / 5:.3f} over the first five" in text()
     assert f"{sum(rewards[-5:]) / 5:.3f} over the last five" in text()
     assert f"held-out accuracy {held_out[0]:.3f} before, {held_out[-1]:.3f} after" in text()
+    plain, _ = demo_steps("demo-torch")
+    end = sum(row["reward"] for row in plain[-5:]) / 5
+    assert f"took {sum(row['step_time'] for row in plain):.0f} s and ended at {end:.3f}" in text()
 
 
 def test_numbers_of_the_loss() -> None:
@@ -98,6 +105,22 @@ def test_numbers_of_the_loss() -> None:
     ratios = {name: timed(record)["grpo-fast"]["floor_ratio"] for name, record in records().items()}
     claims = [ratio for name, ratio in ratios.items() if f"{ratio:.2f}" not in text()]
     assert not claims, ratios
+
+
+def test_numbers_of_growth() -> None:
+    found = json.loads((RESULTS / "growth.json").read_text())["benchmarks"]
+    by_axis = {(b["extra_info"]["growth"], b["extra_info"]["case"]["name"]): b["extra_info"] for b in found}
+    peaks = []
+    for tokens in (2048, 16384):
+        one = timed(by_axis["tokens", f"SmolLM2-135M-T{tokens}-full"])
+        peaks.append(
+            [round(one[name]["peak_bytes"] / 2**20) for name in ("grpo-fast", "plain log-softmax", "TRL chunked")]
+        )
+    ours, plain, trl = zip(*peaks, strict=True)
+    assert f"from {ours[0]} to {ours[1]} MiB, a plain loss's from {plain[0]} to {plain[1]}," in text()
+    assert f"and TRL's from {trl[0]} to {trl[1]};" in text()
+    largest = next(r for (axis, _), r in by_axis.items() if axis == "vocab" and r["case"]["vocab"] == 262144)
+    assert f"ours is {timed(largest)['grpo-fast']['floor_ratio']:.1f} times the floor" in text()
 
 
 def test_numbers_of_the_race() -> None:

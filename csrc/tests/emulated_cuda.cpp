@@ -59,8 +59,8 @@ template void group_advantages_cuda<float>(const float*, int64_t, int64_t, const
 template void group_advantages_cuda<double>(const double*, int64_t, int64_t, const double*, const Groups&,
                                             AdvantageScale, RewardAggregation, double*, CudaQueue);
 
-void token_weights_cuda(const TokenBatch<float>& batch, TokenAggregation aggregation, Scalar normalizer, bool every_row,
-                        const TokenRows<float>& rows, int64_t* num_active, int64_t* counts, CudaQueue) {
+void token_rows_cuda(const TokenBatch<float>& batch, TokenAggregation aggregation, Scalar normalizer, bool every_row,
+                     const TokenRows<float>& rows, int64_t* num_active, int64_t* counts, CudaQueue) {
   const TokenTask task{batch, aggregation, normalizer, every_row, rows, num_active, counts};
   const testing::LaunchSize size{int(batch.num_sequences), 1, 64, kSlots};
   testing::emulate(size, next_seed(),

@@ -88,7 +88,7 @@ TEST(gpu_advantages_are_finite) {
   for (const float value : found) CHECK(std::isfinite(value), "%g", double(value));
 }
 
-TEST(gpu_token_weights_are_the_cpus) {
+TEST(gpu_token_rows_are_the_cpus) {
   std::mt19937_64 random(5);
   const std::vector<std::vector<int64_t>> shapes{{1}, {0, 3, 0}, {300, 1, 0, 64, 31}, {64, 64}};
   for (const std::vector<int64_t>& lengths : shapes) {
@@ -111,21 +111,22 @@ TEST(gpu_token_weights_are_the_cpus) {
       const bool every_row = kind % 7 == 0, normalized = kind % 8 == 0;
       struct Results {
         std::vector<float> weights, advantages;
-        std::vector<int64_t> active;
+        std::vector<uint8_t> active;
+        std::vector<int64_t> rows;
+        TokenRows<float> out() { return {weights.data(), advantages.data(), active.data(), rows.data()}; }
       };
       const Results blank{std::vector<float>(tokens, NAN), std::vector<float>(tokens, NAN),
-                          std::vector<int64_t>(tokens, -1)};
+                          std::vector<uint8_t>(tokens, 7), std::vector<int64_t>(tokens, -1)};
       Results wanted = blank, found = blank;
-      const int64_t count = token_weights(batch, aggregation, normalized ? std::optional<double>(37.0) : std::nullopt,
-                                          every_row,
-                                          {wanted.weights.data(), wanted.advantages.data(), wanted.active.data()});
+      const int64_t count = token_rows(batch, aggregation, normalized ? std::optional<double>(37.0) : std::nullopt,
+                                       every_row, wanted.out());
       int64_t num_active = -1;
       std::vector<int64_t> counts(2 * sequences, -1);
       const TokenTask task{batch,
                            aggregation,
                            {nullptr, normalized ? 37.0f : NAN},
                            every_row,
-                           {found.weights.data(), found.advantages.data(), found.active.data()},
+                           found.out(),
                            &num_active,
                            counts.data()};
       const testing::LaunchSize size{int(sequences), 1, 64, 2 * kWarp * int(sizeof(int64_t))};
@@ -134,7 +135,7 @@ TEST(gpu_token_weights_are_the_cpus) {
         write_sequence(lane, task, lane.shared<int64_t>(0), lane.shared<int>(kWarp * int(sizeof(int64_t))));
       });
       CHECK(num_active == count, "kind %d: %d active rows, on the CPU %d", kind, int(num_active), int(count));
-      CHECK(found.active == wanted.active, "kind %d: other rows", kind);
+      CHECK(found.active == wanted.active && found.rows == wanted.rows, "kind %d: other rows", kind);
       CHECK(found.weights == wanted.weights && found.advantages == wanted.advantages, "kind %d: other weights", kind);
     }
   }

@@ -270,15 +270,17 @@ struct Packed {
 
 struct Written {
   std::vector<float> weights, advantages;
-  std::vector<int64_t> active;
+  std::vector<uint8_t> active;
+  std::vector<int64_t> rows;
   int64_t num_active;
 
   Written(const grpo_fast::TokenBatch<float>& batch, TokenAggregation aggregation, std::optional<double> normalizer,
           bool every_row)
-      : weights(size_t(batch.num_tokens), -77.0f), advantages(weights), active(weights.size(), -77) {
-    num_active = grpo_fast::token_weights<float>(batch, aggregation, normalizer, every_row,
-                                                 {weights.data(), advantages.data(), active.data()});
-    active.resize(size_t(num_active));
+      : weights(size_t(batch.num_tokens), -77.0f), advantages(weights), active(weights.size(), 77),
+        rows(weights.size(), -77) {
+    num_active = grpo_fast::token_rows<float>(batch, aggregation, normalizer, every_row,
+                                              {weights.data(), advantages.data(), active.data(), rows.data()});
+    rows.resize(size_t(num_active));
   }
 };
 
@@ -290,7 +292,8 @@ void compare_tokens(const Packed& packed, bool masked, bool per_token, bool weig
   for (const TokenAggregation aggregation :
        {TokenAggregation::kSequenceMean, TokenAggregation::kSequenceSum, TokenAggregation::kTokenMean}) {
     const Written got(batch, aggregation, normalizer, every_row);
-    std::vector<int64_t> active;
+    std::vector<int64_t> rows;
+    std::vector<uint8_t> active;
     const int64_t counted = aggregation == TokenAggregation::kTokenMean ? unmasked : batch.num_sequences;
     const double denominator = normalizer.value_or(double(std::max<int64_t>(counted, 1)));
     for (int64_t s = 0; s < batch.num_sequences; ++s) {
@@ -305,14 +308,16 @@ void compare_tokens(const Packed& packed, bool masked, bool per_token, bool weig
         const float advantage =
             carries ? (per_token ? packed.token_advantages[size_t(t)] : packed.advantages[size_t(s)]) : 0;
         const bool live = advantage != 0 && (!weighted || packed.importance[size_t(t)] != 0);
-        if (carries && (every_row || live)) active.push_back(t);
+        active.push_back(carries && (every_row || live));
+        if (active.back()) rows.push_back(t);
         CHECK(std::abs(double(got.weights[size_t(t)]) - weight) <= 1e-6 * weight, "t %d: weight %.9g, expected %.9g",
               int(t), double(got.weights[size_t(t)]), weight);
         CHECK(got.advantages[size_t(t)] == advantage, "t %d: advantage %g, expected %g", int(t),
               double(got.advantages[size_t(t)]), double(advantage));
       }
     }
-    CHECK(got.active == active, "%d active rows, expected %d", int(got.num_active), int(active.size()));
+    CHECK(got.active == active, "of %d tokens", int(active.size()));
+    CHECK(got.rows == rows, "%d active rows, expected %d", int(got.num_active), int(rows.size()));
   }
 }
 
@@ -342,8 +347,8 @@ TEST(threads_do_not_change_tokens) {
   const Written three(packed.batch(true, false, true), TokenAggregation::kSequenceMean, {}, false);
   omp_set_num_threads(before);
   CHECK(packed.mask.size() > 65536, "%zu tokens do not reach the parallel path", packed.mask.size());
-  CHECK(one.num_active > 0 && one.active == three.active, "%d and %d active rows", int(one.num_active),
-        int(three.num_active));
+  CHECK(one.num_active > 0 && one.active == three.active && one.rows == three.rows, "%d and %d active rows",
+        int(one.num_active), int(three.num_active));
   CHECK(one.weights == three.weights && one.advantages == three.advantages, "of %zu tokens", one.weights.size());
   compare_tokens(packed, true, false, true, false, {});
 #endif

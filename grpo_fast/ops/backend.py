@@ -59,6 +59,10 @@ class Backend(ABC):
     """
 
     name: str
+    stages_dx: bool = False
+    """Whether dx goes to memory of its own where it can, so that the backward GEMMs span several tiles of logits."""
+
+    has_fused_forward: bool = False
 
     @abstractmethod
     def why_unavailable(self, device: torch.device) -> str | None:
@@ -71,6 +75,10 @@ class Backend(ABC):
     def preferred_tile_rows(self, dtype: torch.dtype, device: torch.device) -> int:
         """Rows of one logits GEMM, before the workspace cap: a power of two."""
         return 1024 if device.type == "cuda" else 128
+
+    def row_pitch(self, vocab: int) -> int:
+        """Elements from one row of logits or dx to the next."""
+        return vocab
 
     def new_buffer(self, like: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Uninitialised memory on the device of `like` for what has a row or column for every vocabulary entry."""
@@ -112,11 +120,13 @@ class Backend(ABC):
         *,
         dtype: torch.dtype,
         vocab_start: int = 0,
+        out: Tensor | None = None,
     ) -> Tensor:
-        """dx `[R, V]`, written over raw products `[R, V]`.
+        """dx `[R, V]`, written to `out`, or over the raw products `[R, V]`.
 
         Args:
-            dtype: of the GEMM operands that dx will meet; the result may be a narrower view of the same memory.
+            dtype: of the GEMM operands that dx will meet; over the products, dx may be a narrower view of their memory.
+            out: `[R, V]` in that dtype, or None.
             g, e: `[R]` gradients of the loss in logprob and entropy (e None: zero). Rows with both zero give zeros.
             vocab_start: the vocabulary index of column 0, when the chunk holds a block of the vocabulary.
         """
@@ -132,26 +142,32 @@ class Backend(ABC):
         *,
         dtype: torch.dtype,
         grad_scale: float | Tensor,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The whole row pass: statistics, the objective's derivative, dx over the logits.
+        """The whole row pass: statistics, the objective's derivative, dx.
 
         A backend whose kernel does the three in one sweep overrides it for token-local objectives.
 
         Args:
-            tokens, weights: of the chunk's first `n <= R` rows; the other rows are padding.
-            dtype: as in `gradient`.
+            tokens, weights: of the rows.
+            dtype, out: as in `gradient`.
             grad_scale: multiplies dx (float16 operands would lose small gradients otherwise).
 
         Returns:
-            (dx `[n, V]`, logprobs `[n]`, entropy `[n]`, live `[n]` bool: rows whose dx is not zero).
+            (dx `[R, V]`, logprobs `[R]`, entropy `[R]`, live `[R]` bool: rows whose dx is not zero).
         """
-        n = weights.numel()
-        logprobs, entropy, lse = (row[:n] for row in self.statistics(logits, targets, transform))
+        logprobs, entropy, lse = self.statistics(logits, targets, transform)
         g, e = objective_derivative(logprobs, entropy, tokens, weights, config)
         live = g != 0 if e is None else (g != 0) | (e != 0)
         g, e = g * grad_scale, None if e is None else e * grad_scale
-        dx = self.gradient(logits[:n], targets[:n], lse, entropy, g, e, transform.rows(slice(0, n)), dtype=dtype)
+        dx = self.gradient(logits, targets, lse, entropy, g, e, transform, dtype=dtype, out=out)
         return dx, logprobs, entropy, live
+
+    def fused_forward(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, transform: Transform
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(logprobs, entropy, lse) `[T]` without logits in memory, for backends with `has_fused_forward`."""
+        raise NotImplementedError(f"{self.name} has no fused forward")
 
 
 @contextmanager
@@ -179,14 +195,32 @@ def objective_derivative(
     return grads[0], grads[1] if entropy.requires_grad else None
 
 
+POLICY_TERMS = {
+    "grpo": "clipped",
+    "bnpo": "clipped",
+    "dr_grpo": "clipped",
+    "dapo": "clipped",
+    "luspo": "clipped",
+    "cispo": "cispo",
+    "sapo": "sapo",
+    "dppo": "dppo",
+    "ppo_dual": "ppo_dual",
+    "reinforce": "reinforce",
+    "rloo": "reinforce",
+}
+"""How objectives that fused row functions serve are called there: loss types that differ in their weights are one."""
+
 # -- the table --------------------------------------------------------------------------------------------------------
 
-# name: (module, class), in the order in which "auto" prefers them. Modules load when first asked for.
+# name: (module, class). Modules load when first asked for.
 _FACTORIES: dict[str, tuple[str, str]] = {
+    "triton": ("grpo_fast.ops.triton_backend", "TritonBackend"),
     "cpu": ("grpo_fast.ops.cpu_backend", "CpuBackend"),
     "torch": ("grpo_fast.ops.torch_backend", "TorchBackend"),
     "cuda": ("grpo_fast.ops.cuda_backend", "CudaBackend"),  # by name only: unmeasured
 }
+# What "auto" takes on a kind of device: the first that is available there.
+_AUTO = {"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")}
 _announced: set[tuple[str, str]] = set()
 
 
@@ -217,7 +251,8 @@ def resolve_backend(name: str, device: torch.device) -> str:
         if reason is not None:
             raise ValueError(f"backend: {name!r} is not available on {device}: {reason}")
         return name
-    chosen = next(n for n in _FACTORIES if get_backend(n).why_unavailable(device) is None)
+    candidates = _AUTO.get(device.type, ("torch",))
+    chosen = next(n for n in candidates if get_backend(n).why_unavailable(device) is None)
     if (chosen, device.type) not in _announced:
         _announced.add((chosen, device.type))
         logger.info("backend auto: using %r on %s", chosen, device.type)

@@ -169,10 +169,11 @@ class CpuBackend(TorchBackend):
         *,
         dtype: torch.dtype,
         vocab_start: int = 0,
+        out: Tensor | None = None,
     ) -> Tensor:
         if logits.dtype == torch.float64:
             return super().gradient(
-                logits, targets, lse, entropy, g, e, transform, dtype=dtype, vocab_start=vocab_start
+                logits, targets, lse, entropy, g, e, transform, dtype=dtype, vocab_start=vocab_start, out=out
             )
         rows = _Rows(logits, targets, transform)
         tensors = [None if t is None else t.float().contiguous() for t in (lse, entropy, g, e)]
@@ -183,7 +184,7 @@ class CpuBackend(TorchBackend):
             dtype=_dtype(_dx_dtype(dtype)),
             threads=torch.get_num_threads(),
         )
-        return _dx_view(logits, dtype)
+        return _dx(logits, dtype, out)
 
     def objective_rows(
         self,
@@ -196,16 +197,16 @@ class CpuBackend(TorchBackend):
         *,
         dtype: torch.dtype,
         grad_scale: float | Tensor,
+        out: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         has_old = tokens.old_logprobs is not None
         if logits.dtype == torch.float64 or couples_tokens(config, has_old=has_old):
             return super().objective_rows(
-                logits, targets, transform, tokens, weights, config, dtype=dtype, grad_scale=grad_scale
+                logits, targets, transform, tokens, weights, config, dtype=dtype, grad_scale=grad_scale, out=out
             )
-        n = weights.numel()
-        logprobs, entropy = (logits.new_empty(n) for _ in range(2))
-        live = logits.new_empty(n, dtype=torch.bool)
-        rows = _Rows(logits[:n], targets[:n], transform.rows(slice(0, n)))
+        logprobs, entropy = (logits.new_empty(logits.shape[0]) for _ in range(2))
+        live = logits.new_empty(logits.shape[0], dtype=torch.bool)
+        rows = _Rows(logits, targets, transform)
         given = {"advantages": tokens.advantages, "weights": weights} | tokens.optional(lambda values: values)
         given = {name: None if t is None else t.float().contiguous() for name, t in given.items()}
         _C.row_objective(
@@ -220,7 +221,7 @@ class CpuBackend(TorchBackend):
             live=live.data_ptr(),
             threads=torch.get_num_threads(),
         )
-        return _dx_view(logits[:n], dtype), logprobs, entropy, live
+        return _dx(logits, dtype, out), logprobs, entropy, live
 
 
 def _dtype(dtype: torch.dtype) -> Any:
@@ -245,9 +246,10 @@ def _dx_dtype(dtype: torch.dtype) -> torch.dtype:
     return dtype if _multiplies(dtype) else torch.float32
 
 
-def _dx_view(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """dx `[R, V]` over logits `[R, V]`: a narrow row takes the first half of its own logits."""
-    return logits.view(_dx_dtype(dtype))[:, : logits.shape[1]]
+def _dx(logits: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    """dx `[R, V]`, which C++ left over logits `[R, V]`: a narrow row takes the first half of its own logits."""
+    dx = logits.view(_dx_dtype(dtype))[:, : logits.shape[1]]
+    return dx if out is None else out.copy_(dx)
 
 
 def _scratch(like: Tensor) -> tuple[Tensor, int]:

@@ -16,9 +16,11 @@ from torch.autograd.function import once_differentiable
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.objectives import Tokens, objective, total_loss
 from grpo_fast.ops.backend import Transform, get_backend
+from grpo_fast.ops.gradients import Gradients, Wanted
 from grpo_fast.ops.lean import lean_backward_pass
-from grpo_fast.ops.passes import Gradients, HeadCall, Wanted, active_rows, backward_pass, forward_pass, objective_pass
+from grpo_fast.ops.passes import backward_pass, forward_pass, objective_pass
 from grpo_fast.ops.planner import row_budget
+from grpo_fast.ops.workspace import HeadCall, active_rows
 from grpo_fast.packing import Segments
 
 
@@ -29,13 +31,13 @@ class HeadArgs(NamedTuple):
         targets: `[T]` int64.
         row_temperature: `[T]` float32, or None for the scalar `temperature`.
         active: `[T]` bool, the rows to compute, or None for all.
-        num_rows: how many are active where the host knows, else -1.
+        rows: `[n]` int64, their numbers, or None where they are to be found from `active`.
     """
 
     targets: Tensor
     row_temperature: Tensor | None
     active: Tensor | None
-    num_rows: int
+    rows: Tensor | None
     temperature: float
     logit_scale: float
     softcap: float | None
@@ -52,7 +54,7 @@ def _head_call(hidden: Tensor, weight: Tensor, bias: Tensor | None, args: HeadAr
         weight=weight,
         targets=args.targets,
         transform=Transform(HeadConfig(logit_scale=args.logit_scale, softcap=args.softcap), bias, temperature),
-        rows=active_rows(args.active, args.num_rows),
+        rows=active_rows(args.active) if args.rows is None else args.rows,
     )
 
 
@@ -94,28 +96,26 @@ def forward_op(
     targets: Tensor,
     row_temperature: Tensor | None,
     active: Tensor | None,
-    num_rows: int,
+    rows: Tensor | None,
     temperature: float,
     logit_scale: float,
     softcap: float | None,
     backend: str,
     workspace_bytes: int,
-    unit_gradient: bool,
+    plan: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """logprobs, entropy, lse `[T]` and the unit gradient `[T, H]` (empty unless asked for)."""
-    args = HeadArgs(
-        targets, row_temperature, active, num_rows, temperature, logit_scale, softcap, backend, workspace_bytes
-    )
+    """logprobs, entropy, lse `[T]` and the unit gradient `[T, H]` (of the plan `frozen_head`; else empty)."""
+    args = HeadArgs(targets, row_temperature, active, rows, temperature, logit_scale, softcap, backend, workspace_bytes)
     with torch.autocast(hidden.device.type, enabled=False):
         call = _head_call(hidden, weight, bias, args)
-        logprobs, entropy, lse, unit = forward_pass(call, unit_gradient=unit_gradient)
+        logprobs, entropy, lse, unit = forward_pass(call, plan)
     return logprobs, entropy, lse, _or_nothing(unit, hidden)
 
 
 @forward_op.register_fake
 def _(hidden, weight, bias, targets, *args):  # type: ignore[no-untyped-def]
     rows = [_accumulator_zeros(hidden) for _ in range(3)]
-    return (*rows, torch.empty_like(hidden) if args[-1] else hidden.new_empty(0))
+    return (*rows, torch.empty_like(hidden) if args[-1] == "frozen_head" else hidden.new_empty(0))
 
 
 @torch.library.custom_op("grpo_fast::backward", mutates_args={"main_grad"})
@@ -126,7 +126,7 @@ def backward_op(
     targets: Tensor,
     row_temperature: Tensor | None,
     active: Tensor | None,
-    num_rows: int,
+    rows: Tensor | None,
     temperature: float,
     logit_scale: float,
     softcap: float | None,
@@ -143,9 +143,7 @@ def backward_op(
     lean: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients in hidden, weight and bias (empty unless wanted) from g, e `[T]`; the logits are computed again."""
-    args = HeadArgs(
-        targets, row_temperature, active, num_rows, temperature, logit_scale, softcap, backend, workspace_bytes
-    )
+    args = HeadArgs(targets, row_temperature, active, rows, temperature, logit_scale, softcap, backend, workspace_bytes)
     with torch.autocast(hidden.device.type, enabled=False):
         call = _head_call(hidden, weight, bias, args)
         run = lean_backward_pass if lean else backward_pass
@@ -167,7 +165,7 @@ def objective_op(
     targets: Tensor,
     row_temperature: Tensor | None,
     active: Tensor | None,
-    num_rows: int,
+    rows: Tensor | None,
     temperature: float,
     logit_scale: float,
     softcap: float | None,
@@ -189,9 +187,7 @@ def objective_op(
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """loss, logprobs and entropy `[T]`, and the loss's gradients in hidden, weight and bias (empty unless wanted)."""
-    args = HeadArgs(
-        targets, row_temperature, active, num_rows, temperature, logit_scale, softcap, backend, workspace_bytes
-    )
+    args = HeadArgs(targets, row_temperature, active, rows, temperature, logit_scale, softcap, backend, workspace_bytes)
     config = LossConfig.from_key(config_key)
     mask = torch.ones_like(targets, dtype=torch.bool) if active is None else active
     segments = Segments(cu_seqlens, targets.numel())
@@ -220,11 +216,11 @@ class Logprobs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, main_grad, plan, *args):  # type: ignore[no-untyped-def,override]
-        logprobs, entropy, lse, unit = forward_op(hidden, weight, bias, *args, plan == "frozen_head")
-        ctx.save_for_backward(hidden, weight, bias, lse, entropy, unit, *args[:3])
+        logprobs, entropy, lse, unit = forward_op(hidden, weight, bias, *args, plan)
+        ctx.save_for_backward(hidden, weight, bias, lse, entropy, unit, *args[:4])
         # Not a saved tensor: other micro-batches add to it before this one's backward runs.
         ctx.main_grad = main_grad
-        ctx.plan, ctx.plain_args = plan, args[3:]
+        ctx.plan, ctx.plain_args = plan, args[4:]
         ctx.set_materialize_grads(False)
         return logprobs, entropy
 

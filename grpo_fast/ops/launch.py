@@ -11,29 +11,12 @@ import torch
 from torch import Tensor
 
 from grpo_fast.config import HeadConfig, LossConfig
-from grpo_fast.objectives import Tokens, couples_tokens, needs_every_row
-from grpo_fast.ops.backend import resolve_backend
+from grpo_fast.objectives import Tokens
+from grpo_fast.ops.backend import get_backend, resolve_backend
 from grpo_fast.ops.functions import FusedObjective, HeadArgs, Logprobs, forward_op
+from grpo_fast.ops.group_backend import ActiveRows
 from grpo_fast.ops.planner import Demand, choose_plan, default_workspace_bytes, report, row_budget
-
-
-def active_mask(tokens: Tokens, config: LossConfig, *, masked: bool) -> Tensor | None:
-    """The rows to compute, `[T]` bool, or None if that is all of them without asking the device.
-
-    Left out are masked rows and, unless something needs them, rows whose gradient is known to be zero: zero advantage,
-    or a masked train/inference correction. An objective that couples a sequence's tokens keeps or drops it whole.
-
-    Args:
-        masked: whether `tokens.mask` can hold a False at all.
-    """
-    if needs_every_row(config):
-        return tokens.mask if masked else None
-    live = tokens.mask & (tokens.advantages != 0)
-    if tokens.importance is not None and config.loss_type != "vespo":
-        live = live & (tokens.importance != 0)
-    if couples_tokens(config, has_old=tokens.old_logprobs is not None):
-        live = tokens.mask & tokens.segments.spread(tokens.segments.sum(live) > 0)
-    return live
+from grpo_fast.ops.workspace import active_rows
 
 
 def computed_tokens(tokens: Tokens, active: Tensor) -> Tokens:
@@ -56,6 +39,7 @@ class HeadLaunch:
     weight: Tensor
     bias: Tensor | None
     args: HeadArgs
+    active: ActiveRows | None
     plan: str = ""
 
     @staticmethod
@@ -64,7 +48,7 @@ class HeadLaunch:
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        active: Tensor | None,
+        active: ActiveRows | None,
         temperature: float | Tensor,
         head: HeadConfig,
         backend: str,
@@ -74,24 +58,37 @@ class HeadLaunch:
         args = HeadArgs(
             targets=targets,
             row_temperature=row_temperature,
-            active=active,
-            num_rows=-1,
+            active=None if active is None else active.mask,
+            rows=None,
             temperature=1.0 if isinstance(temperature, Tensor) else float(temperature),
             logit_scale=float(head.logit_scale),
             softcap=None if head.softcap is None else float(head.softcap),
             backend=resolve_backend(backend, hidden.device),
             workspace_bytes=default_workspace_bytes(hidden.device) if workspace_bytes is None else workspace_bytes,
         )
-        return HeadLaunch(hidden.reshape(-1, hidden.shape[-1]), weight, bias, args)
+        return HeadLaunch(hidden.reshape(-1, hidden.shape[-1]), weight, bias, args, active)
 
     def row_counts(self, tokens: Tokens) -> list[int] | None:
         """Computed rows of each sequence, on the host (a GPU is waited for once); None while compiling."""
         if torch.compiler.is_compiling():
             return None
-        active = tokens.mask if self.args.active is None else self.args.active
-        counts: list[int] = tokens.segments.sum(active).tolist()
-        self.args = self.args._replace(num_rows=sum(counts))
+        counts: list[int] = tokens.segments.sum(tokens.mask if self.active is None else self.active.mask).tolist()
+        if self.active is not None:
+            self.args = self.args._replace(rows=self._listed(self.active, sum(counts)))
         return counts
+
+    @staticmethod
+    def _listed(active: ActiveRows, num_rows: int = -1) -> Tensor | None:
+        """Indices `[n]` of the rows; a GPU is waited for, once, unless the host knows how many there are.
+
+        None where the operators may as well find them: they need not wait for a CPU.
+        """
+        if active.listed is not None:
+            index, count = active.listed
+            return index[: int(count)]
+        if active.mask.device.type == "cpu":
+            return None
+        return active_rows(active.mask, int(active.mask.sum()) if num_rows < 0 else num_rows)
 
     def choose(
         self, plan: str, *, couples_tokens: bool, couples_sequences: bool, entropy_grad: bool, longest: int | None
@@ -106,20 +103,21 @@ class HeadLaunch:
             couples_sequences=couples_sequences,
             entropy_grad=entropy_grad,
             longest=longest,
+            fused_forward=plan == "fused_forward" and get_backend(self.args.backend).has_fused_forward,
         )
         weight = self.weight
         budget = row_budget(self.args.backend, *weight.shape, weight.dtype, weight.device, self.args.workspace_bytes)
         self.plan = choose_plan(plan, demand, budget)
         if not torch.compiler.is_compiling():
             report(self.plan, self.args.backend, weight, budget)
-            active = self.args.active
-            if self.args.num_rows < 0 and active is not None and active.device.type != "cpu":
-                self.args = self.args._replace(num_rows=int(active.sum()))  # the call's one wait for the device
+            if self.active is not None and self.args.rows is None:
+                self.args = self.args._replace(rows=self._listed(self.active))
 
     def logprobs(self, main_grad: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(logprobs, entropy) `[T]`, differentiable unless the plan is `forward`."""
-        if self.plan == "forward":
-            return forward_op(self.hidden.detach(), self.weight.detach(), _detached(self.bias), *self.args, False)[:2]
+        """(logprobs, entropy) `[T]`, differentiable unless the plan is `forward` or `fused_forward`."""
+        if self.plan.endswith("forward"):
+            weight, bias = self.weight.detach(), _detached(self.bias)
+            return forward_op(self.hidden.detach(), weight, bias, *self.args, self.plan)[:2]
         result: tuple[Tensor, Tensor] = Logprobs.apply(
             self.hidden, self.weight, self.bias, main_grad, self.plan, *self.args
         )

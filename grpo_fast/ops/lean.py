@@ -11,7 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_fast.ops.passes import Gradients, HeadCall, Wanted
+from grpo_fast.ops.gradients import Gradients, Wanted
+from grpo_fast.ops.workspace import HeadCall
 
 MIN_BLOCK = 128
 """Columns of a block at least; with H >= 128 a block's logits are then no larger than the n rows' hidden states."""

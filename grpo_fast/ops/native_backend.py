@@ -13,22 +13,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.config import LossConfig
-from grpo_fast.ops.backend import Transform
-
-POLICY_TERMS = {
-    "grpo": "clipped",
-    "bnpo": "clipped",
-    "dr_grpo": "clipped",
-    "dapo": "clipped",
-    "luspo": "clipped",
-    "cispo": "cispo",
-    "sapo": "sapo",
-    "dppo": "dppo",
-    "ppo_dual": "ppo_dual",
-    "reinforce": "reinforce",
-    "rloo": "reinforce",
-}
-"""The policy term of csrc/objective.h that a loss type has: types that differ in their weights are one."""
+from grpo_fast.ops.backend import POLICY_TERMS, Transform
 
 
 def address(tensor: Tensor | None) -> int:

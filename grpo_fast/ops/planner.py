@@ -10,6 +10,12 @@ Legend: T tokens (rows), H hidden size, V vocabulary, R rows of a chunk.
 | `recompute`   | always                                                    | 8 T H V    |
 | `lean`        | always; recompute without a float32 `[V, H]` accumulator  | 8 T H V    |
 | `forward`     | nothing needs a gradient                                  | 2 T H V    |
+| `fused_forward` | on request, nothing needs a gradient                    | 2 T H V    |
+
+`fused_forward` (backend triton) takes the statistics inside the product and never writes a logit. It sums in another
+order than the library's GEMM, so that a pass compared with a gradient pass, as old logprobs are, would no longer agree
+with it bit for bit: "auto" never takes it, a caller may for reference logprobs. Predicted on an H200: ahead where H is
+below about 1700 (kernels/PREDICTIONS.md); not measured.
 
 `resident` is `single_pass` on chunks of whole sequences: a chunk's float32 logits stay until the sequence-level
 quantities of its rows are known. (Keeping logits rather than unscaled gradients lets one pair of row functions serve
@@ -29,7 +35,7 @@ from grpo_fast.ops.backend import get_backend
 
 logger = logging.getLogger("grpo_fast")
 
-PLANS = ("single_pass", "frozen_head", "resident", "recompute", "lean")
+PLANS = ("single_pass", "frozen_head", "resident", "recompute", "lean", "fused_forward")
 MIN_TILE_ROWS = 16
 _reported: set[tuple[object, ...]] = set()
 
@@ -40,11 +46,21 @@ class RowBudget(NamedTuple):
     Attributes:
         tile_rows: rows of every logits GEMM. It depends on V, H, dtype and workspace, never on T, the plan or the
             compaction, so that all passes over the same weights compute a row with the same instructions.
-        chunk_rows: rows whose logits are held at once, a multiple of `tile_rows`.
+        chunk_rows: rows whose logits are held at once where they fill the workspace, a multiple of `tile_rows`.
+        staged_rows: rows of dx in a buffer of its own beside `num_buffers` tiles of logits, a multiple of `tile_rows`;
+            0 where dx always goes over the logits.
+        num_buffers: tiles of logits beside a staged dx.
     """
 
     tile_rows: int
     chunk_rows: int
+    staged_rows: int = 0
+    num_buffers: int = 1
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a chunk of an objective that couples no rows."""
+        return self.staged_rows or self.chunk_rows
 
 
 def default_workspace_bytes(device: torch.device) -> int:
@@ -62,18 +78,26 @@ def row_budget(
         ValueError: the workspace does not hold the smallest tile.
     """
     engine = get_backend(backend)
-    row_bytes = vocab * max(4, dtype.itemsize)  # a logit is float32, or float64 for float64 inputs
-    scratch = engine.scratch_bytes(vocab, dtype, device)
-    rows = (workspace_bytes - scratch) // row_bytes
-    if rows < MIN_TILE_ROWS:
+    pitch = engine.row_pitch(vocab)
+    row_bytes = pitch * max(4, dtype.itemsize)  # a logit is float32, or float64 for float64 inputs
+    staged_bytes = pitch * dtype.itemsize if engine.stages_dx else 0
+    available = workspace_bytes - engine.scratch_bytes(vocab, dtype, device)
+    least = MIN_TILE_ROWS * (row_bytes + staged_bytes)
+    if available < least:
         raise ValueError(
-            f"workspace_bytes: expected at least {scratch + MIN_TILE_ROWS * row_bytes} for a vocabulary of {vocab} "
+            f"workspace_bytes: expected at least {workspace_bytes - available + least} for a vocabulary of {vocab} "
             f"and backend {backend!r}; got {workspace_bytes}"
         )
-    tile_rows = engine.preferred_tile_rows(dtype, device)
-    while tile_rows > max(rows // 2, MIN_TILE_ROWS):  # two tiles at least: whole tiles leave little room unused
+    preferred = tile_rows = engine.preferred_tile_rows(dtype, device)
+    # Two tiles at least: whole tiles leave little room unused, or half of the room for dx.
+    while tile_rows > max(available // row_bytes // 2, MIN_TILE_ROWS):
         tile_rows //= 2
-    return RowBudget(tile_rows, rows // tile_rows * tile_rows)
+    chunk_rows = available // row_bytes // tile_rows * tile_rows
+    if not engine.stages_dx:
+        return RowBudget(tile_rows, chunk_rows)
+    num_buffers = 2 if 4 * preferred * row_bytes <= available else 1
+    staged_rows = (available - num_buffers * tile_rows * row_bytes) // staged_bytes // tile_rows * tile_rows
+    return RowBudget(tile_rows, chunk_rows, staged_rows, num_buffers)
 
 
 @dataclass(frozen=True)
@@ -85,6 +109,7 @@ class Demand:
         couples_tokens, couples_sequences: of the objective; both True when it is not known (`token_logprobs`).
         entropy_grad: the entropy is known to need a gradient.
         longest: rows of the longest sequence, or None if the host does not know it.
+        fused_forward: whether the backend has that plan.
     """
 
     needs_grad: bool
@@ -93,6 +118,7 @@ class Demand:
     couples_sequences: bool
     entropy_grad: bool
     longest: int | None
+    fused_forward: bool
 
 
 def choose_plan(plan: str, demand: Demand, budget: RowBudget) -> str:
@@ -107,7 +133,7 @@ def choose_plan(plan: str, demand: Demand, budget: RowBudget) -> str:
     if obstacle is not None:
         raise ValueError(f"plan: {plan!r} cannot serve this call: {obstacle}")
     if not demand.needs_grad:
-        return "forward"
+        return "fused_forward" if plan == "fused_forward" else "forward"
     if plan != "auto":
         return plan
     # With an entropy gradient the frozen head would have to recompute: 6 T H V at best.
@@ -120,6 +146,11 @@ def _obstacle(plan: str, demand: Demand, budget: RowBudget) -> str | None:
     """Why `plan` cannot serve the call, or None."""
     if plan == "single_pass" and demand.couples_tokens:
         return "the objective couples tokens, so a row's gradient is not known when its logits are"
+    if plan == "fused_forward":
+        if demand.needs_grad:
+            return "it keeps nothing for a backward, and hidden or weight needs a gradient; use torch.no_grad()"
+        if not demand.fused_forward:
+            return "only the backend 'triton' has it"
     if plan == "frozen_head" and demand.needs_grad and demand.needs_weight_grad:
         return "weight or bias needs a gradient"
     if plan == "resident":
@@ -141,7 +172,7 @@ def report(plan: str, backend: str, weight: Tensor, budget: RowBudget) -> None:
     if facts not in _reported:
         _reported.add(facts)
         logger.info(
-            "plan %s on backend %s: weight %s %s, tiles of %d rows, chunks of at most %d",
+            "plan %s on backend %s: weight %s %s, tiles of %d rows, chunks of at most %d (dx of %d beside %d tiles)",
             *facts[:2],
             list(weight.shape),
             weight.dtype,

@@ -134,6 +134,7 @@ class TorchBackend(Backend):
         *,
         dtype: torch.dtype,
         vocab_start: int = 0,
+        out: Tensor | None = None,
     ) -> Tensor:
         num_columns = logits.shape[1]
         columns = targets - vocab_start
@@ -142,7 +143,8 @@ class TorchBackend(Backend):
         columns = columns.clamp(0, num_columns - 1)[:, None]
         narrow = dtype.itemsize < logits.dtype.itemsize and logits.device.type == "cuda"
         # A row's narrow result lies over the first half of its own logits, which have been read by then.
-        dx = logits.view(dtype)[:, :num_columns] if narrow else logits
+        over = logits.view(dtype)[:, :num_columns] if narrow else logits
+        dx = over if out is None else out
         for rows in _row_blocks(logits):
             z = _transformed(logits[rows], transform, rows)
             log_p = z - lse[rows, None]

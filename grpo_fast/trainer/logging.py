@@ -102,7 +102,7 @@ class RunLogger:
         values = self._record(
             step, {name if name.startswith("eval/") else f"eval/{name}": metrics[name] for name in metrics}
         )
-        self._plot_is_stale = True
+        self._plot_is_stale |= step > 0  # before the first step there is no curve to draw it beside
         plain = {name.removeprefix("eval/"): value for name, value in values.items()}
         main = {name: value for name, value in plain.items() if name == "reward" or name.startswith("pass@")}
         shown = "  ".join(f"{name} {_short(value)}" for name, value in (main or plain).items())

@@ -1,0 +1,68 @@
+"""What each token carries into the loss, and which rows of the LM head are computed.
+
+Legend: T packed tokens, S sequences.
+
+Where an objective keeps or drops every token by itself, native code does it in one pass (`ops/group_backend.py`), if it
+is there for the device. The rest of this file is the definition, by torch's operators, and serves everything else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from grpo_fast.aggregation import aggregation_name, default_normalizer, token_weights
+from grpo_fast.config import LossConfig
+from grpo_fast.objectives import Tokens, couples_tokens, needs_every_row
+from grpo_fast.ops.group_backend import ActiveRows, TokenRows, native_token_rows
+
+
+def token_rows(tokens: Tokens, config: LossConfig, normalizer: Tensor | float | None, *, masked: bool) -> TokenRows:
+    """Weights, advantages and the rows to compute.
+
+    Left out are masked rows and, unless something needs them, rows whose gradient is known to be zero: zero advantage,
+    or a masked train/inference correction. An objective that couples a sequence's tokens keeps or drops it whole.
+
+    Args:
+        tokens: with advantages as the caller gave them: `[S]`, or `[T]` with anything where masked.
+        normalizer: replaces the loss type's denominator.
+        masked: whether `tokens.mask` can hold a False at all.
+    """
+    every_row = needs_every_row(config)
+    asks_device = masked or not every_row
+    if not couples_tokens(config, has_old=tokens.old_logprobs is not None):
+        if normalizer is None and config.loss_type == "dr_grpo":
+            normalizer = default_normalizer(config, tokens.mask, tokens.segments)
+        native = native_token_rows(
+            tokens.advantages,
+            tokens.segments.cu_seqlens,
+            tokens.mask if masked else None,
+            tokens.importance,
+            num_tokens=tokens.segments.num_tokens,
+            aggregation=aggregation_name(config),
+            normalizer=normalizer,
+            every_row=every_row,
+        )
+        if native is not None:
+            return native if asks_device else replace(native, active=None)
+    advantages = tokens.advantages
+    if advantages.shape == (tokens.segments.num_sequences,):
+        advantages = tokens.segments.spread(advantages)
+    advantages = torch.where(tokens.mask, advantages, 0.0)
+    weights = token_weights(config, tokens.mask, tokens.segments, normalizer, advantages.dtype)
+    active = ActiveRows(_active_mask(tokens, advantages, config)) if asks_device else None
+    return TokenRows(weights, advantages, active)
+
+
+def _active_mask(tokens: Tokens, advantages: Tensor, config: LossConfig) -> Tensor:
+    """The rows to compute, `[T]` bool."""
+    if needs_every_row(config):
+        return tokens.mask
+    live = tokens.mask & (advantages != 0)
+    if tokens.importance is not None and config.loss_type != "vespo":
+        live = live & (tokens.importance != 0)
+    if couples_tokens(config, has_old=tokens.old_logprobs is not None):
+        live = tokens.mask & tokens.segments.spread(tokens.segments.sum(live) > 0)
+    return live

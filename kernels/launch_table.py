@@ -1,0 +1,75 @@
+"""How row kernels are launched, by architecture and vocabulary. Nothing is tuned at the user's first step.
+
+A row of V float32 logits is read twice, the second time from the L2 cache as far as that holds the rows in flight: few
+programs, each with enough 16-byte loads in flight to cover the memory's latency by itself.
+
+    sm_80  108 multiprocessors, 40 MB L2, 1.6 to 2.0 TB/s     latency x bandwidth about 10 KB a multiprocessor
+    sm_90  132 multiprocessors, 50 MB L2, 3.4 to 4.8 TB/s     about 25 KB
+    sm_100 148 multiprocessors, 126 MB L2, 8 TB/s             about 40 KB
+
+A program of W warps with B columns a block has 4 B bytes in flight. Of longer blocks the compiler, which leaves a
+thread of 16 warps 64 registers, spills the row's constants.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+INTERPRETED_PROGRAMS = 4
+
+
+@dataclass(frozen=True)
+class RowLaunch:
+    """Launch of a row kernel.
+
+    Attributes:
+        lanes: a block is `[lanes, 4]` columns.
+        num_warps: of a program; a thread has lanes / (32 num_warps) rows of four of each block.
+        programs: per multiprocessor.
+        origin: where the numbers come from.
+    """
+
+    lanes: int
+    num_warps: int
+    programs: int
+    origin: str
+
+
+OCCUPANCY = "occupancy arithmetic; not measured"
+
+# Up to this many columns: the launch. The last row serves everything above.
+_SHORT = RowLaunch(lanes=128, num_warps=4, programs=8, origin=OCCUPANCY)  # 2 KB a block, 16 KB in flight
+_MIDDLE = RowLaunch(lanes=512, num_warps=8, programs=4, origin=OCCUPANCY)  # 8 KB a block, 32 KB in flight
+_LONG = RowLaunch(lanes=1024, num_warps=16, programs=2, origin=OCCUPANCY)  # 16 KB a block, 32 KB in flight
+ROW_LAUNCHES: dict[int, list[tuple[int | None, RowLaunch]]] = {
+    80: [(4096, _SHORT), (None, _MIDDLE)],
+    90: [(4096, _SHORT), (65536, _MIDDLE), (None, _LONG)],
+    100: [(4096, _SHORT), (65536, _MIDDLE), (None, _LONG)],
+}
+
+
+def architecture(device: torch.device) -> int:
+    """The key of `ROW_LAUNCHES` for a device; the CPU, on which Triton's interpreter runs, gets the oldest."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return max((arch for arch in ROW_LAUNCHES if arch <= 10 * major + minor), default=80)
+
+
+def row_launch(num_columns: int, arch: int) -> RowLaunch:
+    """The launch for rows of `num_columns` on an architecture of the table."""
+    return next(launch for most, launch in ROW_LAUNCHES[arch] if most is None or num_columns <= most)
+
+
+def arches_of(launch: RowLaunch) -> tuple[int, ...]:
+    """The architectures that use a launch."""
+    return tuple(arch for arch, table in ROW_LAUNCHES.items() if any(other == launch for _, other in table))
+
+
+def num_programs(launch: RowLaunch, num_rows: int, device: torch.device) -> int:
+    """Programs that walk over the rows."""
+    if device.type != "cuda":
+        return min(num_rows, INTERPRETED_PROGRAMS)
+    return min(num_rows, launch.programs * torch.cuda.get_device_properties(device).multi_processor_count)

@@ -1,0 +1,122 @@
+"""dx from the gradients in logprob and entropy: sweep 2 of row_sweeps.py.
+
+    dx_v = (g (1[v = y] - p_v) - e p_v (log p_v + entropy)) d z / d x
+
+Bytes per logit: 4 read, 2 written (bf16 or fp16), 4 (float32). Arithmetic: 1 exponential, about eight instructions.
+Rows with g = e = 0 are only written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grpo_fast.kernels.configuration import Configuration
+from grpo_fast.kernels.row_sweeps import LOG2_E, row_gradient
+from grpo_fast.kernels.rows import Rows, examples
+
+BYTES_PER_LOGIT = {"loads": 4, "stores": 2}
+
+
+@triton.jit(do_not_specialize=["num_rows", "vocab_start"])
+def _row_gradient_kernel(
+    logits,  # [R, V]
+    row_stride,
+    dx,  # [R, V] out, perhaps over the logits
+    dx_stride,
+    targets,  # [R] int64
+    bias,  # [V] or None
+    row_temperature,  # [R] float32 or None
+    lse,  # [R] float32
+    entropy,  # [R] float32
+    g,  # [R] float32
+    e,  # [R] float32 or None
+    num_rows,
+    num_columns,
+    vocab_start,
+    scale,
+    cap_scale,
+    slope,
+    TRANSFORM: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        wide_row = tl.cast(row, tl.int64)
+        row_scale = scale
+        row_slope = slope
+        if row_temperature is not None:
+            temperature = tl.load(row_temperature + row)
+            row_scale = scale / temperature
+            row_slope = slope / temperature
+        g_row = tl.load(g + row)
+        e_row = 0.0
+        if e is not None:
+            e_row = tl.load(e + row)
+        row_gradient(
+            logits + wide_row * row_stride,
+            dx + wide_row * dx_stride,
+            bias,
+            tl.load(targets + row) - vocab_start,
+            num_columns,
+            row_scale,
+            cap_scale,
+            row_slope,
+            tl.load(lse + row) * LOG2_E,
+            tl.load(entropy + row),
+            g_row,
+            e_row,
+            TRANSFORM,
+            e is not None,
+            IN_PLACE,
+            LANES,
+        )
+
+
+def row_gradient_of(
+    rows: Rows, lse: Tensor, entropy: Tensor, g: Tensor, e: Tensor | None, dx: Tensor, *, vocab_start: int = 0
+) -> None:
+    """Write dx `[R, V]`: memory of its own, or `rows.dx(dtype)`.
+
+    Args:
+        lse, entropy, g, e: `[R]`; e None is zero.
+        vocab_start: the vocabulary index of column 0.
+    """
+    if rows.num_rows == 0:
+        return
+    lse, entropy, g = lse.float().contiguous(), entropy.float().contiguous(), g.float().contiguous()
+    _row_gradient_kernel[rows.grid()](
+        dx=dx,
+        dx_stride=dx.stride(0),
+        lse=lse,
+        entropy=entropy,
+        g=g,
+        e=None if e is None else e.float().contiguous(),
+        vocab_start=vocab_start,
+        IN_PLACE=dx.untyped_storage().data_ptr() == rows.logits.untyped_storage().data_ptr(),
+        **rows.arguments(),
+    )
+
+
+def aot_configurations() -> Iterator[Configuration]:
+    """Every launch of the table, apart and in place, the latter with an entropy gradient."""
+    for example in examples():
+        for in_place in (False, True):
+            dx = example.dx()
+            arguments = {name: example.per_row() for name in ("lse", "entropy", "g")} | {
+                "dx": dx,
+                "dx_stride": dx.stride(0),
+                "e": example.per_row() if in_place else None,
+                "vocab_start": 0,
+                "IN_PLACE": in_place,
+            }
+            yield Configuration.of_launch(
+                f"row_gradient, {example.label}{', in place, entropy' if in_place else ''}",
+                _row_gradient_kernel,
+                example.arguments() | arguments,
+                arches=example.arches,
+                sweep_bytes=6 if example.full else 4,
+            )

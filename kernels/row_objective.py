@@ -1,0 +1,225 @@
+"""A row's whole way in one kernel: sweep 1, the token objective on scalars, sweep 2.
+
+    x -> logprob, entropy -> g = weight d term / d logprob, e -> dx
+
+for objectives whose tokens do not see each other (objective.py). Bytes per logit: 4 read from memory, 4 read
+again, from the L2 cache as far as it holds the rows in flight, 2 written. Arithmetic: 2.25 exponentials, about twenty
+instructions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from grpo_fast.kernels.configuration import Configuration
+from grpo_fast.kernels.objective import CORRECTIONS, KL_ESTIMATORS, POLICIES, objective_slope
+from grpo_fast.kernels.row_sweeps import LN_2, row_gradient, row_statistics, target_y
+from grpo_fast.kernels.rows import Example, Rows, examples
+
+BYTES_PER_LOGIT = {"loads": 8, "stores": 2}
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A token-local objective: names for the compiler, numbers for the kernel.
+
+    Attributes:
+        policy, kl, correction: of `objective.POLICIES`, `KL_ESTIMATORS` and `CORRECTIONS`.
+        kl_times_ratio: whether the KL estimate is multiplied by the ratio.
+        parameters: `[12]` float32, from `objective.objective_parameters`.
+    """
+
+    policy: str
+    kl: str
+    kl_times_ratio: bool
+    correction: str
+    parameters: Tensor
+
+    def __post_init__(self) -> None:
+        for name, known in (("policy", POLICIES), ("kl", KL_ESTIMATORS), ("correction", CORRECTIONS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: expected one of {', '.join(known)}; got {getattr(self, name)!r}")
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _row_objective_kernel(
+    logits,  # [R, V]
+    row_stride,
+    dx,  # [R, V] out, perhaps over the logits
+    dx_stride,
+    targets,  # [R] int64
+    bias,  # [V] or None
+    row_temperature,  # [R] float32 or None
+    weights,  # [R] float32
+    advantages,  # [R] float32
+    old_logprobs,  # [R] float32 or None
+    ref_logprobs,  # [R] float32 or None
+    sampling_logprobs,  # [R] float32 or None
+    importance,  # [R] float32 or None
+    parameters,  # [12] float32
+    entropy_gradient,  # [1] float32 or None
+    grad_scale,  # [1] float32 or None: multiplies dx
+    logprobs,  # [R] float32, out
+    entropy,  # [R] float32, out
+    live,  # [R] uint8, out: whether dx is not zero
+    num_rows,
+    num_columns,
+    scale,
+    cap_scale,
+    slope,
+    POLICY: tl.constexpr,
+    KL: tl.constexpr,
+    KL_TIMES_RATIO: tl.constexpr,
+    CORRECTION: tl.constexpr,
+    TRANSFORM: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
+        wide_row = tl.cast(row, tl.int64)
+        x = logits + wide_row * row_stride
+        row_scale = scale
+        row_slope = slope
+        if row_temperature is not None:
+            temperature = tl.load(row_temperature + row)
+            row_scale = scale / temperature
+            row_slope = slope / temperature
+        highest, log_total, entropy2 = row_statistics(x, bias, num_columns, row_scale, cap_scale, TRANSFORM, LANES)
+        target = tl.load(targets + row)
+        inside = (target >= 0) & (target < num_columns)
+        own = target_y(x, bias, tl.where(inside, target, 0), cap_scale, TRANSFORM)
+        logprob = ((own - highest) * row_scale - log_total) * LN_2
+        row_entropy = entropy2 * LN_2
+        g = tl.load(weights + row) * objective_slope(
+            row,
+            logprob,
+            advantages,
+            old_logprobs,
+            ref_logprobs,
+            sampling_logprobs,
+            importance,
+            parameters,
+            POLICY,
+            KL,
+            KL_TIMES_RATIO,
+            CORRECTION,
+        )
+        e = 0.0
+        if entropy_gradient is not None:
+            e = tl.load(entropy_gradient)
+        tl.store(logprobs + row, logprob)
+        tl.store(entropy + row, row_entropy)
+        tl.store(live + row, ((g != 0) | (e != 0)).to(tl.uint8))
+        if grad_scale is not None:
+            g *= tl.load(grad_scale)
+            e *= tl.load(grad_scale)
+        row_gradient(
+            x,
+            dx + wide_row * dx_stride,
+            bias,
+            target,
+            num_columns,
+            row_scale,
+            cap_scale,
+            row_slope,
+            highest * row_scale + log_total,
+            row_entropy,
+            g,
+            e,
+            TRANSFORM,
+            entropy_gradient is not None,
+            IN_PLACE,
+            LANES,
+        )
+
+
+def row_objective_of(
+    rows: Rows,
+    objective: Objective,
+    tokens: Mapping[str, Tensor | None],
+    dx: Tensor,
+    *,
+    entropy_gradient: Tensor | None,
+    grad_scale: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Write dx `[R, V]` (memory of its own, or `rows.dx(dtype)`); return (logprobs, entropy, live) `[R]`.
+
+    Args:
+        tokens: `weights`, `advantages`, and `old_logprobs`, `ref_logprobs`, `sampling_logprobs`, `importance` or None,
+            each `[R]`.
+        entropy_gradient: `[1]` float32, d loss / d entropy of every row, or None for zero.
+        grad_scale: `[1]` float32, multiplies dx, or None for one.
+    """
+    logprobs, entropy = (rows.logits.new_empty(rows.num_rows, dtype=torch.float32) for _ in range(2))
+    live = rows.logits.new_empty(rows.num_rows, dtype=torch.uint8)
+    if rows.num_rows:
+        _row_objective_kernel[rows.grid()](
+            dx=dx,
+            dx_stride=dx.stride(0),
+            parameters=objective.parameters,
+            entropy_gradient=entropy_gradient,
+            grad_scale=grad_scale,
+            logprobs=logprobs,
+            entropy=entropy,
+            live=live,
+            POLICY=objective.policy,
+            KL=objective.kl,
+            KL_TIMES_RATIO=objective.kl_times_ratio,
+            CORRECTION=objective.correction,
+            IN_PLACE=dx.untyped_storage().data_ptr() == rows.logits.untyped_storage().data_ptr(),
+            **{name: None if t is None else t.float().contiguous() for name, t in tokens.items()},
+            **rows.arguments(),
+        )
+    return logprobs, entropy, live.view(torch.bool)
+
+
+_OPTIONAL = ("old_logprobs", "ref_logprobs", "sampling_logprobs", "importance", "entropy_gradient", "grad_scale")
+# policy, KL, times ratio, correction, which optional tensors are given
+_VARIANTS: tuple[tuple[str, str, bool, str, tuple[str, ...]], ...] = (
+    ("clipped", "none", True, "none", ("old_logprobs",)),
+    ("cispo", "k1", True, "token_truncate", ("old_logprobs", "ref_logprobs", "sampling_logprobs")),
+    ("sapo", "k2", False, "weight", ("ref_logprobs", "importance", "grad_scale")),
+    ("dppo", "k3", True, "token_mask", ("old_logprobs", "ref_logprobs", "sampling_logprobs", "entropy_gradient")),
+    ("ppo_dual", "k3", False, "none", ("old_logprobs", "ref_logprobs", "entropy_gradient", "grad_scale")),
+    ("reinforce", "none", False, "none", ()),
+)
+
+
+def _example_launch(example: Example, variant: int, *, in_place: bool) -> Configuration:
+    policy, kl, kl_times_ratio, correction, given = _VARIANTS[variant]
+    dx = example.dx()
+    results = {"logprobs": example.per_row(), "entropy": example.per_row(), "live": example.per_row(torch.uint8)}
+    arguments = {name: example.per_row() if name in given else None for name in _OPTIONAL} | {
+        "dx": dx,
+        "dx_stride": dx.stride(0),
+        "weights": example.per_row(),
+        "advantages": example.per_row(),
+        "parameters": example.per_row(),
+        "POLICY": policy,
+        "KL": kl,
+        "KL_TIMES_RATIO": kl_times_ratio,
+        "CORRECTION": correction,
+        "IN_PLACE": in_place,
+    }
+    return Configuration.of_launch(
+        f"row_objective, {policy}, {example.label}{', in place' if in_place else ''}",
+        _row_objective_kernel,
+        example.arguments() | results | arguments,
+        arches=example.arches,
+        sweep_bytes=6 if example.full else 4,
+    )
+
+
+def aot_configurations() -> Iterator[Configuration]:
+    """Every launch of the table with the plain objective and with the one that keeps most; each objective once."""
+    for example in examples():
+        yield _example_launch(example, 3 if example.full else 0, in_place=example.full)
+        if not example.full and example.launch.lanes == 512:
+            for variant in range(1, len(_VARIANTS)):
+                yield _example_launch(example, variant, in_place=False)

@@ -1,0 +1,206 @@
+"""The two sweeps over a row of logits that every row kernel is made of.
+
+Legend: R rows of a chunk, V columns, x raw products `[R, V]` (float32, bf16 or fp16), u = x + bias.
+
+    z_v = transform(u_v) / temperature = c y_v with c > 0
+
+    y = u, or -u for a negative scale    c = |logit_scale| / temperature
+    y = tanh(k u) with a soft cap        c = softcap / temperature, k = logit_scale / softcap
+
+Exponentials are powers of two: with C = c log2 e and m the largest y, d_v = C (y_v - m) <= 0,
+
+    s = sum 2^d      t = sum 2^d d      lse = (C m + log2 s) ln 2      logprob_v = (d_v - log2 s) ln 2
+                                                                       entropy = (log2 s - t / s) ln 2
+
+Only differences of logits enter: logprob and entropy are exact to rounding however large the logits are.
+
+Sweep 1 (`row_statistics`) reads a row forwards in blocks `[N, 4]`: four logits, 16 bytes, a thread. Each of the N lanes
+keeps its own (m, s, t) and rescales once in four logits, so that a logit costs 1.25 exponentials and the threads meet
+once, at the end. Sweep 2 (`row_gradient`) reads it backwards: what was read last is what the L2 cache still holds.
+
+The target's own gradient is written by a scalar store after the sweep, which spares a comparison a logit.
+
+Program to data: one row a program, which walks over rows with the grid's stride. Every arithmetic operation of sweep 1
+is the same in all kernels, whatever else they do (multiplications and additions are fused only where it says so): old,
+current and reference passes agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN_2: tl.constexpr = tl.constexpr(0.6931471805599453)
+LOWEST: tl.constexpr = tl.constexpr(-1e30)
+"""Stands for minus infinity where inf - inf or 0 * inf must not arise."""
+
+
+@triton.jit
+def _tanh(x):
+    """tanh to 1e-7 of 1, by one power of two and one division: the approximate instruction keeps eleven bits."""
+    power = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
+    magnitude = (1 - power) / (1 + power)
+    return tl.where(x < 0, -magnitude, magnitude)
+
+
+@triton.jit
+def _transform(u, cap_scale, TRANSFORM: tl.constexpr):
+    """y of u: "none", "negate" (a negative logit_scale: the largest y must be the largest z) or "softcap"."""
+    if TRANSFORM == "softcap":
+        return _tanh(u * cap_scale)
+    elif TRANSFORM == "negate":
+        return -u
+    else:
+        return u
+
+
+@triton.jit
+def block_y(x, bias, offsets, mask, cap_scale, TRANSFORM: tl.constexpr, MASKED: tl.constexpr):
+    """y `[N, 4]` float32 of raw products at `offsets` (x points at the row); -inf outside the mask."""
+    if MASKED:
+        y = tl.load(x + offsets, mask=mask, other=-float("inf")).to(tl.float32)
+        if bias is not None:
+            y += tl.load(bias + offsets, mask=mask, other=0.0).to(tl.float32)
+    else:
+        y = tl.load(x + offsets).to(tl.float32)
+        if bias is not None:
+            y += tl.load(bias + offsets).to(tl.float32)
+    y = _transform(y, cap_scale, TRANSFORM)
+    if MASKED and TRANSFORM != "none":
+        y = tl.where(mask, y, -float("inf"))
+    return y
+
+
+@triton.jit
+def _accumulate(y, scale, m, s, t):
+    """Take a block `[N, 4]` into the lanes' (m, s, t)."""
+    m_new = tl.maximum(m, tl.max(y, axis=1))
+    shift = tl.maximum((m - m_new) * scale, LOWEST)
+    keep = tl.exp2(shift)
+    d = (y - m_new[:, None]) * scale  # not y scale - m scale, whose rounding grows with the logits
+    e = tl.exp2(d)
+    t = keep * (t + s * shift) + tl.sum(e * tl.maximum(d, LOWEST), axis=1)
+    s = keep * s + tl.sum(e, axis=1)
+    return m_new, s, t
+
+
+@triton.jit
+def block_offsets(LANES: tl.constexpr):
+    """Columns of a block, `[LANES, 4]`."""
+    return tl.arange(0, LANES)[:, None] * 4 + tl.arange(0, 4)[None, :]
+
+
+@triton.jit
+def row_statistics(x, bias, num_columns, scale, cap_scale, TRANSFORM: tl.constexpr, LANES: tl.constexpr):
+    """(m, log2 s, log2 s - t / s) of a row, the last its entropy in bits. `scale` is C."""
+    offsets = block_offsets(LANES)
+    m = tl.full([LANES], LOWEST, tl.float32)
+    s = tl.zeros([LANES], tl.float32)
+    t = tl.zeros([LANES], tl.float32)
+    whole = num_columns // (4 * LANES) * (4 * LANES)
+    for start in range(0, whole, 4 * LANES):
+        y = block_y(x + start, None if bias is None else bias + start, offsets, None, cap_scale, TRANSFORM, False)
+        m, s, t = _accumulate(y, scale, m, s, t)
+    if whole < num_columns:
+        mask = offsets < num_columns - whole
+        y = block_y(x + whole, None if bias is None else bias + whole, offsets, mask, cap_scale, TRANSFORM, True)
+        m, s, t = _accumulate(y, scale, m, s, t)
+    highest = tl.max(m, axis=0)
+    shift = tl.maximum((m - highest) * scale, LOWEST)
+    keep = tl.exp2(shift)
+    total = tl.sum(keep * s, axis=0)
+    weighted = tl.sum(keep * (t + s * shift), axis=0)
+    log_total = tl.log2(total)
+    return highest, log_total, log_total - weighted / total
+
+
+@triton.jit
+def target_y(x, bias, column, cap_scale, TRANSFORM: tl.constexpr):
+    """y of one column."""
+    y = tl.load(x + column).to(tl.float32)
+    if bias is not None:
+        y += tl.load(bias + column).to(tl.float32)
+    return _transform(y, cap_scale, TRANSFORM)
+
+
+@triton.jit
+def _dx(y, lse2, scale, g, e, entropy, slope, TRANSFORM: tl.constexpr, HAS_E: tl.constexpr):
+    """-p (g + e (log p + entropy)) times d z / d x."""
+    log2_p = tl.fma(y, scale, -lse2)
+    p = tl.exp2(log2_p)
+    if HAS_E:
+        dz = p * (-g - e * (tl.maximum(log2_p, LOWEST) * LN_2 + entropy))
+    else:
+        dz = p * -g
+    if TRANSFORM == "softcap":
+        dz *= 1 - y * y
+    return dz * slope
+
+
+@triton.jit
+def row_gradient(
+    x,
+    dx,
+    bias,
+    target,
+    num_columns,
+    scale,
+    cap_scale,
+    slope,
+    lse2,
+    entropy,
+    g,
+    e,
+    TRANSFORM: tl.constexpr,
+    HAS_E: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    LANES: tl.constexpr,
+):
+    """Write a row of dx; x and dx point at the row.
+
+    Backwards. In place, a narrow dx lies in the upper half of the row: block j of B columns goes to bytes 2 (V' + j B),
+    V' being V rounded down to 8, and what is still unread ends at byte 4 j B, which is not above that as j B <= V'. The
+    barrier lets every thread read its part of a block before any thread writes.
+
+    Args:
+        target: the target's column, or any other number where it is not among these columns.
+        slope: d z / d u but for the soft cap's derivative, that is logit_scale / temperature.
+        lse2: the row's lse times log2 e. entropy: in nats.
+    """
+    if (g == 0) & (e == 0):  # nothing to read: most rows, where most groups agree
+        _fill_zero(dx, num_columns, LANES)
+    else:
+        inside = (target >= 0) & (target < num_columns)
+        own = target_y(x, bias, tl.where(inside, target, 0), cap_scale, TRANSFORM)
+        offsets = block_offsets(LANES)
+        whole = num_columns // (4 * LANES) * (4 * LANES)
+        if whole < num_columns:
+            mask = offsets < num_columns - whole
+            y = block_y(x + whole, None if bias is None else bias + whole, offsets, mask, cap_scale, TRANSFORM, True)
+            dz = _dx(y, lse2, scale, g, e, entropy, slope, TRANSFORM, HAS_E)
+            if IN_PLACE:
+                tl.debug_barrier()
+            tl.store(dx + whole + offsets, dz.to(dx.dtype.element_ty), mask=mask)
+        for back in range(4 * LANES, whole + 4 * LANES, 4 * LANES):
+            start = whole - back
+            y = block_y(x + start, None if bias is None else bias + start, offsets, None, cap_scale, TRANSFORM, False)
+            dz = _dx(y, lse2, scale, g, e, entropy, slope, TRANSFORM, HAS_E)
+            if IN_PLACE:
+                tl.debug_barrier()
+            tl.store(dx + start + offsets, dz.to(dx.dtype.element_ty))
+        tl.debug_barrier()  # the target's column has been written by another thread
+        dz = _dx(own, lse2, scale, g, e, entropy, slope, TRANSFORM, HAS_E)
+        one_hot = g * slope
+        if TRANSFORM == "softcap":
+            one_hot *= 1 - own * own
+        tl.store(dx + target, (dz + one_hot).to(dx.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _fill_zero(dx, num_columns, LANES: tl.constexpr):
+    """A row of zeros, 4 LANES columns at a time."""
+    offsets = tl.arange(0, 4 * LANES)
+    zeros = tl.zeros([4 * LANES], dx.dtype.element_ty)
+    for start in range(0, num_columns, 4 * LANES):
+        tl.store(dx + start + offsets, zeros, mask=offsets < num_columns - start)

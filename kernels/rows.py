@@ -1,0 +1,139 @@
+"""A chunk of raw products as the row kernels take it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import log
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_fast.kernels.launch_table import (
+    ROW_LAUNCHES,
+    RowLaunch,
+    arches_of,
+    architecture,
+    num_programs,
+    row_launch,
+)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """R rows of V raw products, what each is for, and the way from raw products to logits.
+
+    Attributes:
+        logits: `[R, V]` float32, bf16 or fp16, columns contiguous; 16-byte accesses where the row stride allows them.
+        targets: `[R]` int64. Columns outside `[0, V)` have no logprob.
+        bias: `[V]` or None.
+        temperature: a float, or `[R]` float32.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    bias: Tensor | None = None
+    logit_scale: float = 1.0
+    softcap: float | None = None
+    temperature: float | Tensor = 1.0
+
+    def __post_init__(self) -> None:
+        if self.logits.dim() != 2 or self.logits.stride(1) != 1:
+            raise ValueError(
+                "logits: expected [R, V] with contiguous columns; got shape "
+                f"{list(self.logits.shape)}, strides {list(self.logits.stride())}"
+            )
+
+    @property
+    def num_rows(self) -> int:
+        return self.logits.shape[0]
+
+    @property
+    def num_columns(self) -> int:
+        return self.logits.shape[1]
+
+    def launch(self) -> RowLaunch:
+        return row_launch(self.num_columns, architecture(self.logits.device))
+
+    def grid(self) -> tuple[int]:
+        return (num_programs(self.launch(), self.num_rows, self.logits.device),)
+
+    def row_temperature(self) -> Tensor | None:
+        """`[R]` float32, or None for a number."""
+        return self.temperature.float().contiguous() if isinstance(self.temperature, Tensor) else None
+
+    def arguments(self, launch: RowLaunch | None = None) -> dict[str, Any]:
+        """What every row kernel is told; scale, cap_scale and slope of row_sweeps.py, for temperature 1 if by row."""
+        temperature = 1.0 if isinstance(self.temperature, Tensor) else self.temperature
+        top = abs(self.logit_scale) if self.softcap is None else self.softcap
+        plain = "negate" if self.logit_scale < 0 else "none"
+        launch = launch or self.launch()
+        return {
+            "logits": self.logits,
+            "row_stride": self.logits.stride(0),
+            "targets": self.targets.contiguous(),
+            "bias": None if self.bias is None else self.bias.contiguous(),
+            "row_temperature": self.row_temperature(),
+            "num_rows": self.num_rows,
+            "num_columns": self.num_columns,
+            "scale": top / temperature / log(2),
+            "cap_scale": 0.0 if self.softcap is None else self.logit_scale / self.softcap,
+            "slope": self.logit_scale / temperature,
+            "TRANSFORM": plain if self.softcap is None else "softcap",
+            "LANES": launch.lanes,
+            "num_warps": launch.num_warps,
+            "enable_fp_fusion": False,  # else a kernel's statistics depend on what else is in the kernel
+        }
+
+    def dx(self, dtype: torch.dtype) -> Tensor:
+        """Where dx `[R, V]` of a dtype no wider than the logits' goes over the logits: the upper half, if narrower."""
+        if dtype.itemsize > self.logits.dtype.itemsize:
+            raise ValueError(f"dtype: expected at most {self.logits.dtype.itemsize} bytes over the logits; got {dtype}")
+        if dtype.itemsize == self.logits.dtype.itemsize:
+            return self.logits.view(dtype)
+        start = self.num_columns // 8 * 8
+        return self.logits.view(dtype)[:, start : start + self.num_columns]
+
+
+# -- without a GPU ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Example:
+    """Rows on the meta device as some launch of the table gets them; `full` has every option of the head."""
+
+    label: str
+    rows: Rows
+    full: bool
+    launch: RowLaunch
+    arches: tuple[int, ...]
+
+    def per_row(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """`[R]`."""
+        return torch.empty(self.rows.num_rows, dtype=dtype, device="meta")
+
+    def dx(self) -> Tensor:
+        """`[R, V]` bf16."""
+        return torch.empty(self.rows.num_rows, self.rows.logits.stride(0), dtype=torch.bfloat16, device="meta")
+
+    def arguments(self) -> dict[str, Any]:
+        return self.rows.arguments(self.launch)
+
+
+def examples() -> Iterator[Example]:
+    """Each launch of the table with the longest rows that it serves (151936 where there is no end), plain and full."""
+    launches = {launch: most or 151936 for table in ROW_LAUNCHES.values() for most, launch in table}
+    for launch, vocab in launches.items():
+        for full in (False, True):
+            targets = torch.empty(64, dtype=torch.int64, device="meta")
+            logits = torch.empty(64, vocab, device="meta")
+            rows = Rows(logits, targets)
+            if full:
+                bias, temperature = (
+                    torch.empty(vocab, dtype=torch.bfloat16, device="meta"),
+                    torch.empty(64, device="meta"),
+                )
+                rows = Rows(logits, targets, bias, softcap=30.0, temperature=temperature)
+            label = f"lanes {launch.lanes}{', bias, soft cap, row temperatures' if full else ''}"
+            yield Example(label, rows, full, launch, arches_of(launch))
