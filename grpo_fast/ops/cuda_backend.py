@@ -102,7 +102,7 @@ class CudaBackend(TorchBackend):
     ) -> Tensor:
         if logits.dtype != torch.float32:
             return super().gradient(
-                logits, targets, lse, entropy, g, e, transform, dtype=dtype, vocab_start=vocab_start, **_place(out)
+                logits, targets, lse, entropy, g, e, transform, dtype=dtype, vocab_start=vocab_start, out=out
             )
         rows = NativeRows(_cuda, logits, targets, transform)
         dx = _over(logits, dtype) if out is None else out
@@ -133,14 +133,12 @@ class CudaBackend(TorchBackend):
         coupled = couples_tokens(config, has_old=tokens.old_logprobs is not None)
         if logits.dtype != torch.float32 or coupled:
             return super().objective_rows(
-                logits, targets, transform, tokens, weights, config, dtype=dtype, grad_scale=grad_scale, **_place(out)
+                logits, targets, transform, tokens, weights, config, dtype=dtype, grad_scale=grad_scale, out=out
             )
-        n = weights.numel()  # the other rows are padding
-        logits, targets, transform = logits[:n], targets[:n], transform.rows(slice(0, n))
         rows = NativeRows(_cuda, logits, targets, transform)
         dx = _over(logits, dtype) if out is None else out
-        logprobs, entropy = (logits.new_empty(n) for _ in range(2))
-        live = logits.new_empty(n, dtype=torch.bool)
+        logprobs, entropy = (logits.new_empty(logits.shape[0]) for _ in range(2))
+        live = logits.new_empty(logits.shape[0], dtype=torch.bool)
         given = {"advantages": tokens.advantages, "weights": weights} | tokens.optional(lambda values: values)
         if config.entropy_coef != 0:
             given["entropy_gradient"] = -config.entropy_coef / tokens.num_active.float().clamp(min=1).reshape(1)
@@ -177,7 +175,3 @@ def _queue(tensor: Tensor) -> dict[str, int]:
     """The device and current stream of a tensor."""
     index = tensor.device.index
     return {"device": index, "stream": torch.cuda.current_stream(index).cuda_stream}
-
-
-def _place(out: Tensor | None) -> dict[str, Any]:
-    return {} if out is None else {"out": out}
