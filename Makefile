@@ -18,7 +18,7 @@ help:
 	@sed -n 's/^# \(make\|PYTHON\)/\1/p' Makefile
 
 # Stamps: an environment is installed again when what it is made from changes.
-INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.h)
+INPUTS := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.cu csrc/*.h csrc/nvcc.py)
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "grpo-fast needs Python >= 3.10, this is " + sys.version)'

@@ -1,8 +1,6 @@
-// grpo_fast._C: the native CPU functions for Python. Tensors come as addresses (0: none) with their sizes, so that one
-// binary serves every torch version; the callers in grpo_fast/ops/cpu_backend.py have checked them. The interpreter's lock is
-// released while they run.
+// grpo_fast._C: the native CPU functions for Python; their callers in grpo_fast/ops/cpu_backend.py have checked the
+// arguments.
 
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <sys/mman.h>
@@ -11,23 +9,13 @@
 #include <optional>
 #include <string>
 
+#include "bindings_types.h"
 #include "gemm_cpu.h"
 #include "group_cpu.h"
 #include "row_cpu.h"
 
-namespace py = pybind11;
-using namespace pybind11::literals;
-
 namespace grpo_fast {
 namespace {
-
-using Address = uintptr_t;
-using Unlocked = py::call_guard<py::gil_scoped_release>;
-
-template <typename T>
-T* at(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 const char* isa_name(Isa isa) {
   switch (isa) {
@@ -51,57 +39,7 @@ void advise_huge_pages(Address address, size_t bytes) {
 
 Launch launch_on(int threads) { return {threads, detected_isa()}; }
 
-void bind_types(py::module_& m) {
-  py::enum_<DType>(m, "DType")
-      .value("float32", DType::kFloat32)
-      .value("bfloat16", DType::kBFloat16)
-      .value("float16", DType::kFloat16)
-      .value("float64", DType::kFloat64);
-  py::enum_<PolicyTerm>(m, "PolicyTerm")
-      .value("clipped", PolicyTerm::kClipped)
-      .value("cispo", PolicyTerm::kCispo)
-      .value("sapo", PolicyTerm::kSapo)
-      .value("dppo", PolicyTerm::kDppo)
-      .value("ppo_dual", PolicyTerm::kPpoDual)
-      .value("reinforce", PolicyTerm::kReinforce);
-  py::enum_<KlEstimator>(m, "KlEstimator")
-      .value("none", KlEstimator::kNone)
-      .value("k1", KlEstimator::kK1)
-      .value("k2", KlEstimator::kK2)
-      .value("k3", KlEstimator::kK3);
-  py::enum_<Correction>(m, "Correction")
-      .value("none", Correction::kNone)
-      .value("weight", Correction::kWeight)
-      .value("token_truncate", Correction::kTokenTruncate)
-      .value("token_mask", Correction::kTokenMask);
-  py::class_<ObjectiveConfig>(m, "ObjectiveConfig")
-      .def(py::init<>())
-      .def_readwrite("policy", &ObjectiveConfig::policy)
-      .def_readwrite("kl", &ObjectiveConfig::kl)
-      .def_readwrite("correction", &ObjectiveConfig::correction)
-      .def_readwrite("kl_times_ratio", &ObjectiveConfig::kl_times_ratio)
-      .def_readwrite("epsilon_low", &ObjectiveConfig::epsilon_low)
-      .def_readwrite("epsilon_high", &ObjectiveConfig::epsilon_high)
-      .def_readwrite("delta", &ObjectiveConfig::delta)
-      .def_readwrite("beta", &ObjectiveConfig::beta)
-      .def_readwrite("importance_min", &ObjectiveConfig::importance_min)
-      .def_readwrite("importance_max", &ObjectiveConfig::importance_max)
-      .def_readwrite("sapo_temperature_pos", &ObjectiveConfig::sapo_temperature_pos)
-      .def_readwrite("sapo_temperature_neg", &ObjectiveConfig::sapo_temperature_neg)
-      .def_readwrite("dppo_threshold", &ObjectiveConfig::dppo_threshold)
-      .def_readwrite("dppo_log_ratio_coef", &ObjectiveConfig::dppo_log_ratio_coef)
-      .def_readwrite("dual_clip", &ObjectiveConfig::dual_clip);
-}
-
 void bind_rows(py::module_& m) {
-  py::class_<Rows>(m, "Rows", "Raw products [R, V] float32, and what turns them into logits.")
-      .def(py::init([](Address logits, int64_t num_rows, int64_t num_columns, int64_t row_stride, Address targets,
-                       Address bias, float logit_scale, float softcap, float temperature, Address row_temperature) {
-             return Rows{at<float>(logits),      num_rows,    num_columns, row_stride,  at<const int64_t>(targets),
-                         at<const float>(bias), logit_scale, softcap,     temperature, at<const float>(row_temperature)};
-           }),
-           py::kw_only(), "logits"_a, "num_rows"_a, "num_columns"_a, "row_stride"_a, "targets"_a, "bias"_a,
-           "logit_scale"_a, "softcap"_a, "temperature"_a, "row_temperature"_a);
   m.def(
       "row_statistics",
       [](const Rows& rows, Address logprobs, Address entropy, Address lse, int threads) {
@@ -157,18 +95,6 @@ int64_t token_rows_of(Address cu_seqlens, int64_t num_sequences, int64_t num_tok
 }
 
 void bind_groups(py::module_& m) {
-  py::enum_<AdvantageScale>(m, "AdvantageScale")
-      .value("group", AdvantageScale::kGroup)
-      .value("batch", AdvantageScale::kBatch)
-      .value("none", AdvantageScale::kNone)
-      .value("leave_one_out", AdvantageScale::kLeaveOneOut);
-  py::enum_<RewardAggregation>(m, "RewardAggregation")
-      .value("sum_then_normalize", RewardAggregation::kSumThenNormalize)
-      .value("normalize_then_sum", RewardAggregation::kNormalizeThenSum);
-  py::enum_<TokenAggregation>(m, "TokenAggregation")
-      .value("sequence_mean", TokenAggregation::kSequenceMean)
-      .value("sequence_sum", TokenAggregation::kSequenceSum)
-      .value("token_mean", TokenAggregation::kTokenMean);
   m.def(
       "group_advantages",
       [](DType dtype, Address rewards, int64_t num_completions, int64_t num_rewards, Address weights,
@@ -248,6 +174,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa", [] { return isa_name(detected_isa()); }, "The instruction set that the row functions use here.");
   m.def("advise_huge_pages", &advise_huge_pages, "address"_a, "bytes"_a);
   bind_types(m);
+  bind_group_types(m);
   bind_rows(m);
   bind_groups(m);
   bind_gemms(m);

@@ -7,10 +7,11 @@
 #include <string>
 #include <vector>
 
+#include "group_math.h"
+
 namespace grpo_fast {
 namespace {
 
-constexpr double kStdEpsilon = 1e-4;
 // Fewer tokens than this are done before other threads have woken up.
 constexpr int64_t kParallelTokens = 1 << 16;
 
@@ -82,13 +83,6 @@ class CheckedGroups {
   int64_t num_groups_ = 0;
 };
 
-// Of the values that exist (are not NaN).
-template <typename Real>
-struct Moments {
-  Real mean, std, count;
-};
-
-// Where all values agree the mean is exactly theirs, so that their advantage is exactly 0.
 template <typename Real>
 Moments<Real> moments(const Real* values, const CheckedGroups& groups, int64_t begin, int64_t end) {
   double sum = 0, count = 0;
@@ -101,19 +95,13 @@ Moments<Real> moments(const Real* values, const CheckedGroups& groups, int64_t b
     high = std::max(high, value);
     low = std::min(low, value);
   }
-  const double mean = high == low ? high : sum / std::max(count, 1.0);
+  const double mean = mean_of(sum, count, high, low);
   double squares = 0;
   for (int64_t i = begin; i < end; ++i) {
     const double value = values[groups.member(i)];
     if (!std::isnan(value)) squares += (value - mean) * (value - mean);
   }
-  const double std = std::sqrt(squares / std::max(count - 1, 1.0));
-  return {static_cast<Real>(mean), static_cast<Real>(std), static_cast<Real>(count)};
-}
-
-template <typename Real>
-Real z_score(Real value, const Moments<Real>& m) {
-  return (value - m.mean) / (m.std + static_cast<Real>(kStdEpsilon));
+  return moments_of<Real>(mean, squares, count);
 }
 
 template <typename Real>
@@ -127,51 +115,23 @@ void z_score_groups(const Real* values, const CheckedGroups& groups, Real* score
   }
 }
 
-// Sum of weight_k table_nk over what exists; NaN where all rewards of n are missing.
 template <typename Real>
-void weighted_sum(const Real* table, const Real* rewards, int64_t num, int64_t kinds, const double* weights,
-                  Real* total) {
-  for (int64_t n = 0; n < num; ++n) {
-    Real sum = 0;
-    bool exists = false;
-    for (int64_t k = 0; k < kinds; ++k) {
-      const Real weight = weights == nullptr ? Real(1) : static_cast<Real>(weights[k]);
-      const Real part = table[n * kinds + k] * weight;
-      if (!std::isnan(part)) sum += part;
-      exists = exists || !std::isnan(rewards[n * kinds + k]);
-    }
-    total[n] = exists ? sum : std::numeric_limits<Real>::quiet_NaN();
-  }
+void weighted_sums(const Real* table, const Real* rewards, int64_t num, int64_t kinds, const double* weights,
+                   Real* total) {
+  for (int64_t n = 0; n < num; ++n) total[n] = weighted_sum(table + n * kinds, rewards + n * kinds, kinds, weights);
 }
 
-// R - mean of the group, on the scale asked for.
 template <typename Real>
-void centre_groups(const Real* total, const CheckedGroups& groups, int64_t num, AdvantageScale scale,
-                   Real* advantages) {
+void scale_groups(const Real* total, const CheckedGroups& groups, int64_t num, AdvantageScale scale, Real* advantages) {
   Moments<Real> all{};
   if (scale == AdvantageScale::kBatch) all = moments(total, groups, 0, num);
   for (int64_t g = 0; g < groups.size(); ++g) {
     const Moments<Real> m = moments(total, groups, groups.offset(g), groups.offset(g + 1));
     for (int64_t i = groups.offset(g); i < groups.offset(g + 1); ++i) {
       const int64_t n = groups.member(i);
-      const Real centred = total[n] - m.mean;
-      if (scale == AdvantageScale::kBatch) {
-        advantages[n] = centred / (all.std + static_cast<Real>(kStdEpsilon));
-      } else if (scale == AdvantageScale::kLeaveOneOut) {
-        // R - (n mean - R) / (n - 1) = (R - mean) n / (n - 1)
-        advantages[n] = m.count > 1 ? centred * m.count / (m.count - 1) : Real(0);
-      } else {
-        advantages[n] = centred;
-      }
+      advantages[n] = scaled_advantage(total[n], m, all, scale);
     }
   }
-}
-
-// NaN to 0, infinities to the largest finite numbers.
-template <typename Real>
-Real finite(Real value) {
-  constexpr Real largest = std::numeric_limits<Real>::max();
-  return std::isnan(value) ? Real(0) : std::min(std::max(value, -largest), largest);
 }
 
 }  // namespace
@@ -197,16 +157,12 @@ void group_advantages(const Real* rewards, int64_t num_completions, int64_t num_
       z_score_groups(column.data(), checked, scores.data());
       for (int64_t n = 0; n < num; ++n) table[static_cast<size_t>(n * kinds + k)] = scores[static_cast<size_t>(n)];
     }
-    weighted_sum(table.data(), rewards, num, kinds, weights, total.data());
+    weighted_sums(table.data(), rewards, num, kinds, weights, total.data());
     const Moments<Real> all = moments(total.data(), checked, 0, num);
     for (int64_t n = 0; n < num; ++n) advantages[n] = z_score(total[static_cast<size_t>(n)], all);
   } else {
-    weighted_sum(rewards, rewards, num, kinds, weights, total.data());
-    if (scale == AdvantageScale::kGroup) {
-      z_score_groups(total.data(), checked, advantages);
-    } else {
-      centre_groups(total.data(), checked, num, scale, advantages);
-    }
+    weighted_sums(rewards, rewards, num, kinds, weights, total.data());
+    scale_groups(total.data(), checked, num, scale, advantages);
   }
   for (int64_t n = 0; n < num; ++n) advantages[n] = finite(advantages[n]);
 }
@@ -229,17 +185,6 @@ void check_batch(const TokenBatch<Real>& batch, const TokenRows<Real>& rows, std
   if (normalizer && !(*normalizer > 0 && std::isfinite(*normalizer))) {
     refuse("normalizer", "a finite number > 0", std::to_string(*normalizer));
   }
-}
-
-template <typename Real>
-bool carries_loss(const TokenBatch<Real>& batch, int64_t t) {
-  return batch.mask == nullptr || batch.mask[t] != 0;
-}
-
-template <typename Real>
-bool has_gradient(const TokenBatch<Real>& batch, int64_t s, int64_t t) {
-  return batch.advantages[batch.advantages_per_token ? t : s] != 0 &&
-         (batch.importance == nullptr || batch.importance[t] != 0);
 }
 
 }  // namespace
@@ -270,15 +215,11 @@ int64_t token_rows(const TokenBatch<Real>& batch, TokenAggregation aggregation, 
     num_unmasked += lengths[static_cast<size_t>(s)];
     first_row[static_cast<size_t>(s) + 1] += first_row[static_cast<size_t>(s)];
   }
-  const int64_t counted = aggregation == TokenAggregation::kTokenMean ? num_unmasked : num_sequences;
-  const Real denominator =
-      normalizer ? static_cast<Real>(*normalizer) : static_cast<Real>(std::max<int64_t>(counted, 1));
+  const Real replacement = normalizer ? static_cast<Real>(*normalizer) : std::numeric_limits<Real>::quiet_NaN();
 #pragma omp parallel for schedule(dynamic, 8) if (parallel)
   for (int64_t s = 0; s < num_sequences; ++s) {
-    Real weight = 1 / denominator;
-    if (aggregation == TokenAggregation::kSequenceMean) {
-      weight /= static_cast<Real>(std::max<int64_t>(lengths[static_cast<size_t>(s)], 1));
-    }
+    const Real weight = token_weight(aggregation, replacement, num_unmasked, num_sequences,
+                                     lengths[static_cast<size_t>(s)]);
     int64_t row = first_row[static_cast<size_t>(s)];
     for (int64_t t = batch.cu_seqlens[s]; t < batch.cu_seqlens[s + 1]; ++t) {
       const bool carries = carries_loss(batch, t);

@@ -261,19 +261,6 @@ GradientFn gradient_for(Isa isa, DType dtype) {
   return gradient_instance<DType::kFloat32>(isa);
 }
 
-TokenInputs token_inputs(const RowTokens& tokens, int64_t row, float logprob) {
-  TokenInputs in{};
-  in.logprob = logprob;
-  in.advantage = tokens.advantages[row];
-  in.has_old = tokens.old_logprobs != nullptr;
-  in.has_sampling = tokens.sampling_logprobs != nullptr;
-  in.old_logprob = in.has_old ? tokens.old_logprobs[row] : logprob;
-  in.ref_logprob = tokens.ref_logprobs ? tokens.ref_logprobs[row] : 0.0f;
-  in.sampling_logprob = in.has_sampling ? tokens.sampling_logprobs[row] : 0.0f;
-  in.importance = tokens.importance ? tokens.importance[row] : 1.0f;
-  return in;
-}
-
 }  // namespace
 
 Isa detected_isa() {
@@ -322,7 +309,9 @@ void row_objective(const Rows& rows, const ObjectiveConfig& config, const RowTok
     const RowTransform t = transform_of(rows, row);
     float* logits = rows.logits + row * rows.row_stride;
     const Statistics found = statistics(logits, t, rows.num_columns, rows.targets[row]);
-    const TokenObjective token = token_objective(config, token_inputs(tokens, row, found.logprob));
+    TokenInputs inputs = token_inputs(tokens, row);
+    inputs.logprob = found.logprob;
+    const TokenObjective token = token_objective(config, inputs);
     const float g = token.d_logprob * tokens.weights[row];
     logprobs[row] = found.logprob;
     entropy[row] = found.entropy;

@@ -1,9 +1,4 @@
-// Row functions on a chunk of logits, for the CPU: statistics, gradient, and both with the objective between them.
-//
-// Legend: R rows, V columns. For row t with raw product x_t:
-//   z_t = softcap tanh(logit_scale (x_t + bias) / softcap) / temperature_t
-//   lse_t = log sum_v exp z_tv      logprob_t = z_t[y_t] - lse_t      entropy_t = lse_t - sum_v p_tv z_tv
-//   dx_tv = (g_t (1[v = y_t] - p_tv) - e_t p_tv (log p_tv + entropy_t)) / temperature_t * softcap' * logit_scale
+// Row functions on a chunk of logits (rows.h), for the CPU: statistics, gradient, and both with the objective between.
 //
 // A row is one thread's. It is walked in blocks that stay in the first-level cache; sums within a block are float32,
 // across blocks float64. A row's result does not depend on the other rows or on the number of threads.
@@ -14,40 +9,15 @@
 #include <cstdint>
 #include <string>
 
-#include "objective.h"
+#include "rows.h"
 
 namespace grpo_fast {
-
-enum class DType : int32_t { kFloat32, kBFloat16, kFloat16, kFloat64 };
 
 // Instruction sets that the row functions are compiled for.
 enum class Isa : int32_t { kBaseline, kAvx2, kAvx512 };
 
 // The best that this machine runs.
 Isa detected_isa();
-
-struct Rows {
-  float* logits;  // [R, V] raw products, rows `row_stride` apart
-  int64_t num_rows;
-  int64_t num_columns;
-  int64_t row_stride;
-  const int64_t* targets;        // [R]
-  const float* bias;             // [V] or null
-  float logit_scale;             // not 0
-  float softcap;                 // 0: none
-  float temperature;             // > 0; used where row_temperature is null
-  const float* row_temperature;  // [R] or null
-};
-
-// What the objective knows of each row besides its logits; null where absent.
-struct RowTokens {
-  const float* advantages;         // [R]
-  const float* weights;            // [R] weight of the row's term in the loss
-  const float* old_logprobs;       // [R] or null
-  const float* ref_logprobs;       // [R] or null
-  const float* sampling_logprobs;  // [R] or null
-  const float* importance;         // [R] or null
-};
 
 struct Launch {
   int threads;

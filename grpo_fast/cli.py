@@ -1,4 +1,4 @@
-"""The command line: `grpo-fast train`, `grpo-fast eval`, `grpo-fast export`.
+"""The command line: `grpo-fast train`, `eval`, `export`, `doctor`.
 
 What a user can mend ends in one `error: ...` line and exit code 2; a run stopped by Ctrl-C in 130, one stopped by a NaN
 or by lack of memory in 1. Heavy imports happen inside the commands, so that `--help` is quick.
@@ -26,6 +26,7 @@ examples:
   grpo-fast eval recipes/demo.yaml                        held-out accuracy of the untrained model
   grpo-fast eval runs/demo                                ... and of the trained one
   grpo-fast export runs/demo my-model                     Hugging Face folder (safetensors), LoRA merged
+  grpo-fast doctor                                        which backends work here, and why others do not
 """
 _EXTRAS = {"reasoning_gym": "demo", "gguf": "demo", "math_verify": "demo"}
 """Optional packages that do not come with the `train` extra."""
@@ -77,6 +78,15 @@ def build_parser() -> argparse.ArgumentParser:
     export.add_argument("source", metavar="RUN|CHECKPOINT", type=Path, help="a run's or checkpoint's folder")
     export.add_argument("target", metavar="OUT", type=Path, help="a folder that does not exist yet")
     export.set_defaults(run=_export)
+
+    doctor = commands.add_parser(
+        "doctor",
+        parents=[common],
+        help="say what is installed and which backends work here",
+        description="Say what is installed, which backends work here and why others do not, and hold those that do "
+        "against a float64 oracle. Exit code 1 if one of them is wrong.",
+    )
+    doctor.set_defaults(run=_doctor)
     return parser
 
 
@@ -180,6 +190,14 @@ def _export(arguments: argparse.Namespace) -> int:
     export(policy, arguments.target)
     print(f"wrote {arguments.target}")
     return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from grpo_fast.doctor import doctor
+
+    lines, sound = doctor()
+    print("\n".join(lines))
+    return 0 if sound else 1
 
 
 def _resume_command(arguments: argparse.Namespace, resume: str) -> str:

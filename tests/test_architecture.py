@@ -1,6 +1,6 @@
 """The house rules that a reader of the code relies on: arrows between rooms, file sizes, nothing tied to one machine.
 
-    cli -> trainer, integrations -> loss -> ops -> backends -> kernels, _C
+    cli -> trainer, integrations -> loss -> ops -> backends -> kernels, _C, _cuda
 
 Imports are read with ast, lazy ones inside functions included, and so are module names given to import_module.
 """
@@ -73,7 +73,7 @@ def imports_of(tree: ast.AST, module: str, is_package: bool) -> set[Import]:
 def modules() -> dict[str, set[Import]]:
     """Imports of every module of the package. Names that are no module (functions, classes) are left out."""
     paths = {module_name(path): path for folder in ("grpo_fast", "kernels") for path in (REPO / folder).rglob("*.py")}
-    ours = set(paths) | {"grpo_fast._C"}
+    ours = set(paths) | {"grpo_fast._C", "grpo_fast._cuda"}
     result = {}
     for name, path in paths.items():
         found = imports_of(ast.parse(path.read_text()), name, path.name == "__init__.py")
@@ -86,11 +86,11 @@ def room(module: str) -> str:
     parts = module.split(".")
     if len(parts) == 1:
         return "root"
-    if parts[1] in ("kernels", "_C"):
+    if parts[1] in ("kernels", "_C", "_cuda"):
         return "kernels"
     if parts[1] == "ops":
         return "backend" if parts[-1].endswith("_backend") or parts[-1] == "backend" else "ops"
-    if parts[1] in ("trainer", "integrations", "cli", "reference", "__main__"):
+    if parts[1] in ("trainer", "integrations", "cli", "reference", "__main__", "doctor"):
         return parts[1].replace("__main__", "cli")
     return "shared" if parts[1] in SHARED else "loss"
 
@@ -98,7 +98,7 @@ def room(module: str) -> str:
 # Rooms that both the loss and the ops below it speak: what the options, rows and objectives are.
 SHARED = ("config", "packing", "objectives", "aggregation", "metrics")
 
-# room -> rooms it may import from, besides itself. `root` is the empty package, `reference` only the tests'.
+# room -> rooms it may import from, besides itself. `root` is the empty package, `reference` is the tests' and doctor's.
 ARROWS = {
     "root": set(),
     "kernels": set(),
@@ -109,10 +109,11 @@ ARROWS = {
     "loss": {"root", "shared", "ops", "backend"},
     "trainer": {"root", "shared", "loss"},
     "integrations": {"root", "shared", "loss"},
-    "cli": {"root", "shared", "loss", "trainer"},
+    "doctor": {"root", "shared", "loss", "ops", "backend", "reference"},
+    "cli": {"root", "shared", "loss", "trainer", "doctor"},
 }
 THIRD_PARTIES = {"kernels": {"torch", "triton"}}
-for _room in ("reference", "shared", "backend", "ops", "loss"):
+for _room in ("reference", "shared", "backend", "ops", "loss", "doctor"):
     THIRD_PARTIES[_room] = {"torch"}
 
 

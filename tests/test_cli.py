@@ -99,7 +99,9 @@ def test_missing_recipe(capsys, tmp_path):
     assert "expected a YAML file; got none" in error
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["eval", "--help"], ["export", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["eval", "--help"], ["export", "--help"], ["doctor", "--help"]]
+)
 def test_help(capsys, arguments):
     with pytest.raises(SystemExit) as stop:
         main(arguments)
@@ -107,7 +109,7 @@ def test_help(capsys, arguments):
     text = capsys.readouterr().out
     assert "grpo-fast" in text
     if arguments == ["--help"]:
-        for command in ("train", "eval", "export", "resume=auto"):
+        for command in ("train", "eval", "export", "doctor", "resume=auto"):
             assert command in text
 
 

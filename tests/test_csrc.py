@@ -1,4 +1,4 @@
-"""`csrc/`: its own C++ tests, plain and under sanitizers; `objective.h` against autograd and through nvcc.
+"""`csrc/`: its own C++ tests, plain and under sanitizers; `objective.h` against autograd.
 
 Everything is compiled here, in temporary folders, with $CXX or g++; the installed extension is not used.
 """
@@ -6,12 +6,15 @@ Everything is compiled here, in temporary folders, with $CXX or g++; the install
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import itertools
 import os
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,6 +39,17 @@ def run(command: list[str | Path], **kwargs) -> str:
     return done.stdout
 
 
+def load_module(name: str, path: Path) -> Any:
+    """The module in a file, without taking the place of an installed one."""
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(name, module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
 def compiler() -> str:
     """The C++ compiler, or a skipped test that says so."""
     found = shutil.which(os.environ.get("CXX", "g++"))
@@ -57,7 +71,10 @@ def require_flags(flags: list[str], folder: Path) -> None:
 def test_cpp_tests_pass(flags: list[str], tmp_path: Path) -> None:
     require_flags([*flags, "-fopenmp"], tmp_path)
     program = tmp_path / "csrc_tests"
-    run([compiler(), *WARNINGS, *flags, "-fopenmp", *TEST_SOURCES, *SOURCES, "-o", program], cwd=CSRC)
+    run(
+        [compiler(), *WARNINGS, *flags, "-ffp-contract=off", "-fopenmp", *TEST_SOURCES, *SOURCES, "-o", program],
+        cwd=CSRC,
+    )
     output = run([program], cwd=tmp_path)
     declared = sum((CSRC / name).read_text().count("\nTEST(") for name in TEST_SOURCES)
     assert declared > 20
@@ -67,26 +84,6 @@ def test_cpp_tests_pass(flags: list[str], tmp_path: Path) -> None:
 def test_sources_need_no_openmp(tmp_path: Path) -> None:
     flags = [*WARNINGS, "-Wno-unknown-pragmas", "-fno-openmp", "-O0", "-fsyntax-only"]
     run([compiler(), *flags, *SOURCES], cwd=CSRC)
-
-
-def test_objective_compiles_for_cuda(tmp_path: Path) -> None:
-    nvcc = shutil.which("nvcc")
-    if nvcc is None:
-        pytest.skip("no CUDA compiler: nvcc is not on PATH")
-    compiler()  # nvcc needs a host compiler
-    (tmp_path / "kernel.cu").write_text(
-        """
-        #include "objective.h"
-        using namespace grpo_fast;
-        __global__ void kernel(ObjectiveConfig config, const TokenInputs* in, TokenObjective* out, int num) {
-          const int t = blockIdx.x * blockDim.x + threadIdx.x;
-          if (t < num) out[t] = token_objective(config, in[t]);
-        }
-        """
-    )
-    warnings = ["-Werror", "all-warnings", "-Xcompiler", "-Wall,-Wextra"]
-    run([nvcc, "-std=c++17", "-arch=sm_90", *warnings, f"-I{CSRC}", "-c", "kernel.cu", "-o", "kernel.o"], cwd=tmp_path)
-    assert b"sm_90" in (tmp_path / "kernel.o").read_bytes()
 
 
 # -- objective.h against autograd -------------------------------------------------------------------------------------

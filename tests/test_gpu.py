@@ -21,7 +21,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-BACKENDS = ("triton", "torch")
+BACKENDS = ("triton", "cuda", "torch")
 
 
 @pytest.fixture(params=BACKENDS)

@@ -26,8 +26,11 @@ EXTENSION = "grpo_fast/_C" + str(sysconfig.get_config_var("EXT_SUFFIX"))
 
 
 def run(*command: str | Path, cwd: Path, **env: str) -> str:
-    """Standard output of a command that must succeed, free of this process's PYTHONPATH."""
-    inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    """Standard output of a command that must succeed, free of this process's PYTHONPATH.
+
+    The CUDA extension is left out unless asked for: test_cuda_build.py builds it.
+    """
+    inherited = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"GRPO_FAST_CUDA": "0"}
     done = subprocess.run([str(part) for part in command], cwd=cwd, env=inherited | env, capture_output=True, text=True)
     assert done.returncode == 0, f"{command} failed:\n{done.stdout}\n{done.stderr}"
     return done.stdout.strip()
@@ -108,7 +111,7 @@ def test_sdist_is_complete_and_licensed(distributions: dict[str, Path]) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "CHANGELOG.md", "kernels/__init__.py", "setup.py", "pyproject.toml"} <= names
     sources = {f"csrc/{path.name}" for path in (REPO / "csrc").iterdir() if path.is_file()}
-    assert {"csrc/bindings.cpp", "csrc/objective.h"} <= sources <= names
+    assert {"csrc/bindings.cpp", "csrc/objective.h", "csrc/row_cuda.cu", "csrc/nvcc.py"} <= sources <= names
 
 
 @pytest.mark.parametrize("kind", ["direct", "from_sdist", "editable"])
@@ -138,6 +141,53 @@ print(sorted(path.name for path in importlib.resources.files("grpo_fast.recipes"
     assert (obstacle == "None") == (kind == "direct" and shutil.which("g++") is not None)
     assert recipes == str(sorted(path.name for path in (REPO / "recipes").glob("*.yaml")))
     assert "train" in run(tmp_path / "env" / "bin" / "grpo-fast", "--help", cwd=tmp_path)
+
+
+# --- what cannot be built ---
+
+BUILD = """
+import runpy, sys
+if {without_pybind11}:
+    sys.modules["pybind11"] = None
+sys.argv = ["setup.py", "-q", "build_ext", "--build-lib", "lib", "--build-temp", "objects"]
+runpy.run_path("setup.py", run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy, and beside it an `nvcc` that fails."""
+    folder = tmp_path_factory.mktemp("broken")
+    (folder / "bin").mkdir()
+    (folder / "bin" / "nvcc").write_text("#!/bin/sh\necho this compiler is broken\nexit 3\n")
+    (folder / "bin" / "nvcc").chmod(0o755)
+    return copy_sources(folder / "sources")
+
+
+def build(sources: Path, *, without_pybind11: bool = False, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", BUILD.format(without_pybind11=without_pybind11)]
+    path = f"{sources.parent / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.run(command, cwd=sources, env=os.environ | {"PATH": path} | env, capture_output=True, text=True)
+
+
+def test_an_install_without_pybind11_succeeds_and_says_what_it_lacks(sources: Path) -> None:
+    done = build(sources, without_pybind11=True, GRPO_FAST_CPU="auto", GRPO_FAST_CUDA="auto")
+    assert done.returncode == 0, done.stderr
+    for name, backend in (("_C", "cpu"), ("_cuda", "cuda")):
+        assert f"grpo_fast.{name} cannot be built: pybind11 is not installed" in done.stderr
+        assert f"install again to get backend '{backend}'" in done.stderr
+    assert build(sources, without_pybind11=True, GRPO_FAST_CPU="1", GRPO_FAST_CUDA="0").returncode != 0
+
+
+def test_an_nvcc_that_fails_fails_the_install_only_if_asked_to(sources: Path) -> None:
+    done = build(sources, GRPO_FAST_CPU="0", GRPO_FAST_CUDA="auto")
+    assert done.returncode == 0, done.stderr
+    assert "grpo_fast._cuda cannot be built" in done.stderr
+    assert "this compiler is broken" in done.stderr
+    assert "The package works without it; with NVIDIA's nvcc" in done.stderr
+    assert build(sources, GRPO_FAST_CPU="0", GRPO_FAST_CUDA="1").returncode != 0
+    refused = build(sources, GRPO_FAST_CUDA="yes")
+    assert "GRPO_FAST_CUDA: expected 0, 1 or auto; got 'yes'" in refused.stderr
 
 
 # --- Hugging Face's `kernels`, from the repository root ---

@@ -217,6 +217,7 @@ _FACTORIES: dict[str, tuple[str, str]] = {
     "triton": ("grpo_fast.ops.triton_backend", "TritonBackend"),
     "cpu": ("grpo_fast.ops.cpu_backend", "CpuBackend"),
     "torch": ("grpo_fast.ops.torch_backend", "TorchBackend"),
+    "cuda": ("grpo_fast.ops.cuda_backend", "CudaBackend"),  # by name only: unmeasured
 }
 # What "auto" takes on a kind of device: the first that is available there.
 _AUTO = {"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")}

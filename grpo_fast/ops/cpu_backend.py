@@ -12,8 +12,7 @@ float64, which only tests use, has torch's row functions. Tensors go over as add
 
 from __future__ import annotations
 
-import math
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
@@ -22,7 +21,9 @@ from torch import Tensor
 
 from grpo_fast.config import LossConfig
 from grpo_fast.objectives import Tokens, couples_tokens
-from grpo_fast.ops.backend import POLICY_TERMS, Transform
+from grpo_fast.ops.backend import Transform
+from grpo_fast.ops.native_backend import NativeRows, native_dtype, objective_config
+from grpo_fast.ops.native_backend import address as _address
 from grpo_fast.ops.torch_backend import TorchBackend
 
 _C: Any = None
@@ -31,6 +32,8 @@ try:  # after torch: the two share one OpenMP runtime, and gemm_cpu.cpp looks in
     _C = import_module("grpo_fast._C")
 except ImportError as error:
     _missing = str(error)
+_Rows = partial(NativeRows, _C)
+_objective_config = partial(objective_config, _C)
 
 TILE_ROWS = 64
 """Rows of a logits product; any number gives the same bits, so this only rounds chunks."""
@@ -221,35 +224,8 @@ class CpuBackend(TorchBackend):
         return _dx(logits, dtype, out), logprobs, entropy, live
 
 
-class _Rows:
-    """A chunk as `_C.Rows`, and what its addresses point to."""
-
-    def __init__(self, logits: Tensor, targets: Tensor, transform: Transform) -> None:
-        temperature = transform.temperature
-        per_row = temperature.float().contiguous() if isinstance(temperature, Tensor) else None
-        bias = None if transform.bias is None else transform.bias.float().contiguous()
-        targets = targets.contiguous()
-        self.kept = (logits, targets, bias, per_row)
-        self.native = _C.Rows(
-            logits=logits.data_ptr(),
-            num_rows=logits.shape[0],
-            num_columns=logits.shape[1],
-            row_stride=logits.stride(0),
-            targets=targets.data_ptr(),
-            bias=_address(bias),
-            logit_scale=transform.head.logit_scale,
-            softcap=transform.head.softcap or 0.0,
-            temperature=1.0 if isinstance(temperature, Tensor) else temperature,
-            row_temperature=_address(per_row),
-        )
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
 def _dtype(dtype: torch.dtype) -> Any:
-    return getattr(_C.DType, str(dtype).removeprefix("torch."))
+    return native_dtype(_C, dtype)
 
 
 @cache
@@ -279,25 +255,3 @@ def _dx(logits: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
 def _scratch(like: Tensor) -> tuple[Tensor, int]:
     threads = torch.get_num_threads()
     return like.new_empty(threads * _C.GEMM_SCRATCH_PER_THREAD, dtype=torch.uint8), threads
-
-
-@cache
-def _objective_config(config: LossConfig, importance_given: bool, has_sampling: bool) -> Any:
-    """The config in C++ terms."""
-    native = _C.ObjectiveConfig()
-    native.policy = getattr(_C.PolicyTerm, POLICY_TERMS[config.loss_type])
-    native.kl = getattr(_C.KlEstimator, config.kl_estimator if config.beta else "none")
-    native.kl_times_ratio = config.use_bias_correction_kl
-    if importance_given:
-        native.correction = _C.Correction.weight
-    elif config.importance_sampling_mode is not None and has_sampling:
-        native.correction = getattr(_C.Correction, config.importance_sampling_mode)
-    low, high = config.importance_sampling_clip_min, config.importance_sampling_clip_max
-    native.importance_min = -math.inf if low is None else low
-    native.importance_max = math.inf if high is None else high
-    native.epsilon_low, native.epsilon_high = config.epsilon, config.upper_epsilon
-    native.delta = math.inf if config.delta is None else config.delta
-    native.beta = config.beta
-    for name in ("sapo_temperature_pos", "sapo_temperature_neg", "dppo_threshold", "dppo_log_ratio_coef", "dual_clip"):
-        setattr(native, name, getattr(config, name))
-    return native

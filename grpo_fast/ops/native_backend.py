@@ -1,0 +1,71 @@
+"""What the `cpu` and the `cuda` backend share: tensors and configs in the terms of the C++ modules `_C` and `_cuda`.
+
+The modules do not link torch: tensors go over as addresses, with their sizes.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from grpo_fast.config import LossConfig
+from grpo_fast.ops.backend import POLICY_TERMS, Transform
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where the tensor's numbers are; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def native_dtype(module: Any, dtype: torch.dtype) -> Any:
+    """The C++ name of a dtype."""
+    return getattr(module.DType, str(dtype).removeprefix("torch."))
+
+
+class NativeRows:
+    """A chunk of logits `[R, V]` float32 as the module's `Rows`, and what its addresses point to."""
+
+    def __init__(self, module: Any, logits: Tensor, targets: Tensor, transform: Transform) -> None:
+        temperature = transform.temperature
+        per_row = temperature.float().contiguous() if isinstance(temperature, Tensor) else None
+        bias = None if transform.bias is None else transform.bias.float().contiguous()
+        targets = targets.contiguous()
+        self.kept = (logits, targets, bias, per_row)
+        self.native = module.Rows(
+            logits=logits.data_ptr(),
+            num_rows=logits.shape[0],
+            num_columns=logits.shape[1],
+            row_stride=logits.stride(0),
+            targets=targets.data_ptr(),
+            bias=address(bias),
+            logit_scale=transform.head.logit_scale,
+            softcap=transform.head.softcap or 0.0,
+            temperature=1.0 if isinstance(temperature, Tensor) else temperature,
+            row_temperature=address(per_row),
+        )
+
+
+@cache
+def objective_config(module: Any, config: LossConfig, importance_given: bool, has_sampling: bool) -> Any:
+    """The config in C++ terms."""
+    native = module.ObjectiveConfig()
+    native.policy = getattr(module.PolicyTerm, POLICY_TERMS[config.loss_type])
+    native.kl = getattr(module.KlEstimator, config.kl_estimator if config.beta else "none")
+    native.kl_times_ratio = config.use_bias_correction_kl
+    if importance_given:
+        native.correction = module.Correction.weight
+    elif config.importance_sampling_mode is not None and has_sampling:
+        native.correction = getattr(module.Correction, config.importance_sampling_mode)
+    low, high = config.importance_sampling_clip_min, config.importance_sampling_clip_max
+    native.importance_min = -math.inf if low is None else low
+    native.importance_max = math.inf if high is None else high
+    native.epsilon_low, native.epsilon_high = config.epsilon, config.upper_epsilon
+    native.delta = math.inf if config.delta is None else config.delta
+    native.beta = config.beta
+    for name in ("sapo_temperature_pos", "sapo_temperature_neg", "dppo_threshold", "dppo_log_ratio_coef", "dual_clip"):
+        setattr(native, name, getattr(config, name))
+    return native
