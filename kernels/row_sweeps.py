@@ -5,7 +5,7 @@ Legend: R rows of a chunk, V columns, x raw products `[R, V]` (float32, bf16 or 
     z_v = transform(u_v) / temperature = c y_v with c > 0
 
     y = u, or -u for a negative scale    c = |logit_scale| / temperature
-    y = tanh(k u) with a soft cap        c = softcap / temperature, k = logit_scale / softcap
+    y = tanh(k u) with a soft cap        c = softcap / temperature, k = logit_scale / softcap, cap_scale = 2 k log2 e
 
 Exponentials are powers of two: with C = c log2 e and m the largest y, d_v = C (y_v - m) <= 0,
 
@@ -37,11 +37,10 @@ LOWEST: tl.constexpr = tl.constexpr(-1e30)
 
 
 @triton.jit
-def _tanh(x):
-    """tanh to 1e-7 of 1, by one power of two and one division: the approximate instruction keeps eleven bits."""
-    power = tl.exp2(tl.abs(x) * (-2 * LOG2_E))
-    magnitude = (1 - power) / (1 + power)
-    return tl.where(x < 0, -magnitude, magnitude)
+def _tanh(v):
+    """tanh(v ln 2 / 2), off by 1e-7 at most: the approximate instruction keeps eleven bits."""
+    power = tl.exp2(-tl.maximum(v, -60.0, propagate_nan=tl.PropagateNan.ALL))  # at -60 it is -1; the power stays finite
+    return (1 - power) / (1 + power)
 
 
 @triton.jit
@@ -125,17 +124,26 @@ def target_y(x, bias, column, cap_scale, TRANSFORM: tl.constexpr):
 
 
 @triton.jit
-def _dx(y, lse2, scale, g, e, entropy, slope, TRANSFORM: tl.constexpr, HAS_E: tl.constexpr):
-    """-p (g + e (log p + entropy)) times d z / d x."""
-    log2_p = tl.fma(y, scale, -lse2)
-    p = tl.exp2(log2_p)
-    if HAS_E:
-        dz = p * (-g - e * (tl.maximum(log2_p, LOWEST) * LN_2 + entropy))
-    else:
-        dz = p * -g
+def _bend(y, TRANSFORM: tl.constexpr):
+    """The soft cap's derivative, 1 - y^2; 1 without."""
     if TRANSFORM == "softcap":
-        dz *= 1 - y * y
-    return dz * slope
+        return tl.fma(-y, y, 1.0)
+    else:
+        return 1.0
+
+
+@triton.jit
+def _dx(y, lse2, scale, level, tilt, TRANSFORM: tl.constexpr, HAS_E: tl.constexpr):
+    """p (level + tilt log2 p) and the soft cap's derivative: dx of all columns but the target's."""
+    log2_p = tl.fma(y, scale, -lse2)
+    dx = tl.exp2(log2_p)
+    if HAS_E:
+        dx *= tl.fma(tl.maximum(log2_p, LOWEST), tilt, level)
+    else:
+        dx *= level
+    if TRANSFORM == "softcap":
+        dx *= _bend(y, TRANSFORM)
+    return dx
 
 
 @triton.jit
@@ -173,28 +181,29 @@ def row_gradient(
     else:
         inside = (target >= 0) & (target < num_columns)
         own = target_y(x, bias, tl.where(inside, target, 0), cap_scale, TRANSFORM)
+        level = -g * slope
+        if HAS_E:
+            level -= e * entropy * slope
+        tilt = -e * slope * LN_2
         offsets = block_offsets(LANES)
         whole = num_columns // (4 * LANES) * (4 * LANES)
         if whole < num_columns:
             mask = offsets < num_columns - whole
             y = block_y(x + whole, None if bias is None else bias + whole, offsets, mask, cap_scale, TRANSFORM, True)
-            dz = _dx(y, lse2, scale, g, e, entropy, slope, TRANSFORM, HAS_E)
+            dz = _dx(y, lse2, scale, level, tilt, TRANSFORM, HAS_E)
             if IN_PLACE:
                 tl.debug_barrier()
             tl.store(dx + whole + offsets, dz.to(dx.dtype.element_ty), mask=mask)
         for back in range(4 * LANES, whole + 4 * LANES, 4 * LANES):
             start = whole - back
             y = block_y(x + start, None if bias is None else bias + start, offsets, None, cap_scale, TRANSFORM, False)
-            dz = _dx(y, lse2, scale, g, e, entropy, slope, TRANSFORM, HAS_E)
+            dz = _dx(y, lse2, scale, level, tilt, TRANSFORM, HAS_E)
             if IN_PLACE:
                 tl.debug_barrier()
             tl.store(dx + start + offsets, dz.to(dx.dtype.element_ty))
         tl.debug_barrier()  # the target's column has been written by another thread
-        dz = _dx(own, lse2, scale, g, e, entropy, slope, TRANSFORM, HAS_E)
-        one_hot = g * slope
-        if TRANSFORM == "softcap":
-            one_hot *= 1 - own * own
-        tl.store(dx + target, (dz + one_hot).to(dx.dtype.element_ty), mask=inside)
+        dz = _dx(own, lse2, scale, level, tilt, TRANSFORM, HAS_E) + g * slope * _bend(own, TRANSFORM)
+        tl.store(dx + target, dz.to(dx.dtype.element_ty), mask=inside)
 
 
 @triton.jit

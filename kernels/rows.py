@@ -78,7 +78,7 @@ class Rows:
             "num_rows": self.num_rows,
             "num_columns": self.num_columns,
             "scale": top / temperature / log(2),
-            "cap_scale": 0.0 if self.softcap is None else self.logit_scale / self.softcap,
+            "cap_scale": 0.0 if self.softcap is None else 2 * self.logit_scale / self.softcap / log(2),
             "slope": self.logit_scale / temperature,
             "TRANSFORM": plain if self.softcap is None else "softcap",
             "LANES": launch.lanes,

@@ -37,7 +37,7 @@ from tests.test_loss import (  # noqa: F401
 from tests.test_memory import run as run_and_spy
 from tests.test_memory import workspace_for
 
-LENGTHS = (5, 1, 6, 0, 4, 9)
+LENGTHS = (7, 1, 9, 0, 5, 9)
 WORKSPACE = 2**27
 
 
