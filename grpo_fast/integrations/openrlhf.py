@@ -1,11 +1,9 @@
 """grpo-fast's objectives in the shape of OpenRLHF 0.11's `PolicyLoss`.
 
-    import openrlhf.trainer.ray.ppo_actor as actor
-    from grpo_fast.integrations.openrlhf import PolicyLoss
-    actor.PolicyLoss = PolicyLoss                     # or functools.partial(PolicyLoss, objective=LossConfig(...))
+    ray.init(runtime_env={"worker_process_setup_hook": "grpo_fast.integrations.openrlhf.install"})
 
-OpenRLHF has no place to name a loss, hence the assignment, in the entry script of its workers. Its options keep their
-meaning; for the same objective the loss is the same.
+OpenRLHF has no place to name a loss, so `install` assigns it, in every worker. Its options keep their meaning; for the
+same objective the loss is the same. The loss itself (0.11.2) was compared with OpenRLHF's, a whole run was not made.
 """
 
 from __future__ import annotations
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from grpo_fast.config import LossConfig
 from grpo_fast.integrations.terms import clipped_share, masked_mean, token_terms
+from grpo_fast.integrations.versions import require
 
 
 class PolicyLoss(nn.Module):
@@ -115,3 +114,15 @@ class PolicyLoss(nn.Module):
         lengths = mask.sum(-1)
         total = (terms.sum(-1) / lengths.clamp(min=1)).sum()
         return total / (lengths > 0).sum().clamp(min=1) if num_sequences is None else total / num_sequences * dp_size
+
+
+def install() -> None:
+    """Put `PolicyLoss` in place of OpenRLHF's in this process.
+
+    Raises:
+        ImportError: OpenRLHF is missing, or its version is not 0.11.
+    """
+    require("openrlhf", at_least="0.11", below="0.12")
+    from openrlhf.trainer.ray import ppo_actor
+
+    ppo_actor.PolicyLoss = PolicyLoss
