@@ -248,6 +248,21 @@ def test_an_existing_trainer_gets_the_fused_loss(folder: Path, classes: tuple[An
     assert trainer.grpo_fast.depth == "loss"
 
 
+def test_a_trainer_that_has_trained(folder: Path, classes: tuple[Any, Any]) -> None:
+    """accelerate has wrapped its model's forward in autocast by then."""
+    from grpo_fast.integrations.trl import accelerate_trainer
+
+    trainer = trl_runs.trainer_of(classes[0], folder, bf16=True, max_steps=1)
+    trainer.train()
+    trainer = accelerate_trainer(trainer)
+    trainer.args.max_steps = 2
+    trainer.train()
+    assert trainer.grpo_fast.policy.last.plan == "single_pass"
+    lm = trainer.accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)
+    ids = torch.tensor([[5, 6, 7]])
+    assert lm(input_ids=ids, labels=ids, fused_lm_head=True).log_probs.isfinite().all()
+
+
 def test_options_that_the_loss_does_not_take_stay_with_trl(folder: Path, classes: tuple[Any, Any], caplog: Any) -> None:
     options = {"epsilon": 1.5, **OFF_POLICY}
     theirs = trl_runs.train(trl_runs.trainer_of(classes[0], folder, **options))

@@ -55,11 +55,12 @@ def trainer_of(
 
     reward_funcs = changes.pop("reward_funcs", letters)
     rest = {name: changes.pop(name) for name in ("eval_dataset", "rollout_func", "callbacks") if name in changes}
+    source = saved_model(folder) if model is None else model
     torch.manual_seed(0)  # TRL before 1.16 draws the adapter's weights without seeding
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return cls(
-            model=saved_model(folder) if model is None else model,
+            model=source,
             reward_funcs=reward_funcs,
             args=options(folder / "run", **changes),
             train_dataset=Dataset.from_list([{"prompt": prompt} for prompt in PROMPTS]),

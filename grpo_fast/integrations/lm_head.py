@@ -114,11 +114,18 @@ class FusedHead:
     """
 
     def __init__(
-        self, lm: nn.Module, *, temperature: float, cast_to_fp32: bool, backend: str, workspace_bytes: int | None
+        self,
+        lm: nn.Module,
+        *,
+        config: HeadConfig | None,
+        temperature: float,
+        cast_to_fp32: bool,
+        backend: str,
+        workspace_bytes: int | None,
     ) -> None:
-        head = head_of(lm)
-        self.config: HeadConfig = head.config
-        self.unverified = head.unverified
+        head = head_of(lm) if config is None else None
+        self.config: HeadConfig = config or head.config  # type: ignore[union-attr]
+        self.unverified = "config was given" if head is None else head.unverified
         self.temperature = float(temperature)
         self.cast_to_fp32 = cast_to_fp32
         self.options: dict[str, Any] = {"backend": backend, "workspace_bytes": workspace_bytes}
@@ -194,6 +201,7 @@ class FusedHead:
 def fuse_lm_head(
     model: nn.Module,
     *,
+    config: HeadConfig | None = None,
     temperature: float = 1.0,
     cast_to_fp32: bool = False,
     backend: str = "auto",
@@ -204,6 +212,8 @@ def fuse_lm_head(
     Do it before the model is wrapped (DDP, FSDP, torch.compile, `accelerator.prepare`), but for peft.
 
     Args:
+        config: what the model does to its logits; None: measured on two tokens, which a model that is sharded already
+            does not allow.
         temperature: logits are divided by it.
         cast_to_fp32: run the head in float32, outside of autocast.
         backend, workspace_bytes: as in `grpo_loss`.
@@ -213,10 +223,22 @@ def fuse_lm_head(
     """
     base = getattr(model, "get_base_model", None)
     lm: Any = base() if callable(base) and hasattr(model, "peft_config") else model
-    head = FusedHead(
-        lm, temperature=temperature, cast_to_fp32=cast_to_fp32, backend=backend, workspace_bytes=workspace_bytes
-    )
-    lm.forward = types.MethodType(_with_fused_head(lm.forward, head), lm)
+    forward = lm.forward
+    # accelerate's wrapper, if it came first, computes in autocast, where logits are too coarse to be told apart, and
+    # would take itself and this off together; it stays inside.
+    lm.forward = vars(lm).pop("_original_forward", forward)
+    try:
+        head = FusedHead(
+            lm,
+            config=config,
+            temperature=temperature,
+            cast_to_fp32=cast_to_fp32,
+            backend=backend,
+            workspace_bytes=workspace_bytes,
+        )
+    finally:
+        lm.forward = forward
+    lm.forward = types.MethodType(_with_fused_head(forward, head), lm)
     return head
 
 

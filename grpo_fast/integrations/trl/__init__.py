@@ -63,8 +63,9 @@ class Acceleration:
         }
         unwrap = trainer.accelerator.unwrap_model
         self.policy: FusedHead = fuse_lm_head(unwrap(trainer.model), **options)
-        reference = getattr(trainer, "ref_model", None)
-        self.reference: FusedHead | None = None if reference is None else fuse_lm_head(unwrap(reference), **options)
+        self.reference: FusedHead | None = None
+        if getattr(trainer, "ref_model", None) is not None:  # the same model, but wrapped, maybe sharded already
+            self.reference = fuse_lm_head(unwrap(trainer.ref_model), config=self.policy.config, **options)
         obstacle = _obstacle(trainer)
         self.depth = "loss" if obstacle is None else "logprobs"
         self.reason = obstacle or "nothing of TRL's loss is overridden, and grpo_loss knows all of its options"
