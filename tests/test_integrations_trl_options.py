@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.trl_loss import trl_missing
+from grpo_fast.config import LossConfig
+from tests.trl_loss import trl_missing, trl_policy_loss
 
 pytestmark = pytest.mark.skipif(trl_missing() is not None, reason=str(trl_missing()))
 pytest.importorskip("datasets")
@@ -272,6 +273,19 @@ def test_options_that_the_loss_does_not_take_stay_with_trl(folder: Path, classes
     assert "epsilon" in caplog.text
     assert trainer.grpo_fast.depth == "logprobs"
     assert not trl_runs.differences(trl_runs.train(trainer), theirs, 1e-3)
+
+
+def test_methods_work_unbound(monkeypatch: pytest.MonkeyPatch, classes: tuple[Any, Any]) -> None:
+    """On a stand-in for a trainer, as tests of TRL do."""
+    gen = torch.Generator().manual_seed(0)
+    config, mask = LossConfig(loss_type="grpo"), torch.ones(3, 5, dtype=torch.long)
+    logprobs, entropies, old = (torch.randn(3, 5, generator=gen) for _ in range(3))
+    given = config, logprobs, entropies, mask, torch.randn(3, generator=gen)
+    theirs = trl_policy_loss(*given, old=old)
+    monkeypatch.setattr("trl.GRPOTrainer", classes[1])
+    ours = trl_policy_loss(*given, old=old)
+    assert theirs[0].item() == ours[0].item() != 0
+    assert theirs[1] == ours[1]
 
 
 def test_refusals(folder: Path, classes: tuple[Any, Any]) -> None:

@@ -119,7 +119,9 @@ class _Accelerated:
         return logprobs, entropies, aux_loss
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> torch.Tensor:
-        state = self.grpo_fast
+        state = getattr(self, "grpo_fast", None)
+        if state is None:  # called unbound, on a stand-in for a trainer
+            return _TRLTrainer._compute_loss(self, model, inputs)  # type: ignore[no-any-return]
         if state.depth != "loss" or not (self.model.training and torch.is_grad_enabled()):
             return super()._compute_loss(model, inputs)  # type: ignore[misc,no-any-return]
         inputs = neutral_where_masked(inputs)
