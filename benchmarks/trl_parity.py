@@ -82,15 +82,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--losses", nargs="*", choices=list(LOSSES), default=list(LOSSES))
     parser.add_argument("--steps", type=int, default=6)
     given = parser.parse_args(argv)
-    path, rows = model_path(given.model), []
+    path = model_path(given.model)
+    versions = {package: version(package) for package in ("torch", "transformers", "trl", "peft")}
+    result: dict[str, Any] = {"machine": machine_facts(), "versions": versions, "steps": given.steps, "rows": []}
     for name, on, options in cases(given.losses):
         theirs, ours = (train(contender, path, given.steps, on, options) for contender in ("trl", "grpo-fast"))
         off = differences(ours, theirs)
-        rows.append({"loss": name, "with": on, "differences": off, "trl": theirs, "grpo-fast": ours})
+        result["rows"].append({"loss": name, "with": on, "differences": off, "trl": theirs, "grpo-fast": ours})
         print(f"{name:<8} {' '.join(on):<36} loss {off['loss']:.1e}  grad_norm {off['grad_norm']:.1e}", flush=True)
-    versions = {package: version(package) for package in ("torch", "transformers", "trl", "peft")}
-    result = {"machine": machine_facts(), "versions": versions, "steps": given.steps, "rows": rows}
-    given.out.write_text(json.dumps(result, indent=1) + "\n")
+        given.out.write_text(json.dumps(result, indent=1) + "\n")  # what is there stays if the run is stopped
 
 
 if __name__ == "__main__":
