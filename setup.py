@@ -109,7 +109,15 @@ class BuildNative(build_ext):
 
 
 setup(
-    packages=["grpo_fast", "grpo_fast.ops", "grpo_fast.trainer", "grpo_fast.kernels", "grpo_fast.recipes"],
+    packages=[
+        "grpo_fast",
+        "grpo_fast.integrations",
+        "grpo_fast.integrations.trl",
+        "grpo_fast.ops",
+        "grpo_fast.trainer",
+        "grpo_fast.kernels",
+        "grpo_fast.recipes",
+    ],
     package_dir={"grpo_fast.kernels": "kernels", "grpo_fast.recipes": "recipes"},
     package_data={"grpo_fast": ["py.typed"], "grpo_fast.recipes": ["*.yaml"]},
     include_package_data=False,

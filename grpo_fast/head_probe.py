@@ -7,6 +7,7 @@ that `HeadConfig` is; this decides.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -56,7 +57,8 @@ def probe(
         try:
             states = states_of(lm, input_ids=token_ids).to(weight.device, weight.dtype).reshape(2, -1)
             reached = F.linear(states[1], weight).float().abs().max().item() * abs(guess.logit_scale)
-            gain[1] = max(1.0, _LARGE_LOGIT / reached) if reached > 0 else 1.0
+            # A power of two: exact in the states' own dtype, which may be coarser than the weight's.
+            gain[1] = 2.0 ** math.ceil(math.log2(max(1.0, _LARGE_LOGIT / reached))) if reached > 0 else 1.0
             raw = F.linear(states * gain, weight, bias).float()
             stack.callback(module.register_forward_pre_hook(amplify).remove)
             logits = lm(input_ids=token_ids, use_cache=False).logits.float()

@@ -1,0 +1,65 @@
+"""A loss's per-token terms before aggregation, for frameworks that aggregate themselves.
+
+loss = sum_t weight_t term_t        the framework's weights, `grpo_fast.objectives`' terms
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from grpo_fast.config import LossConfig
+from grpo_fast.inputs import token_inputs
+from grpo_fast.objectives import Terms, objective
+
+
+def token_terms(
+    logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    config: LossConfig,
+    loss_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    old_logprobs: Tensor | None = None,
+    ref_logprobs: Tensor | None = None,
+    sampling_logprobs: Tensor | None = None,
+    entropy: Tensor | None = None,
+) -> tuple[Tensor, Terms]:
+    """(terms in the shape of logprobs, 0 where masked and differentiable; all that was found out, `[T]`).
+
+    Args:
+        logprobs: `[T]` packed with `cu_seqlens`, or `[B, L]`; the others as in `policy_loss`.
+        entropy: detached, for `top_entropy_quantile`. The entropy bonus is the framework's.
+
+    Raises:
+        ValueError: an argument is malformed or missing.
+    """
+    shape = tuple(logprobs.shape)
+    inputs = token_inputs(
+        logprobs,
+        shape,
+        advantages,
+        cu_seqlens=cu_seqlens,
+        loss_mask=loss_mask,
+        config=config,
+        normalizer=None,
+        old_logprobs=old_logprobs,
+        ref_logprobs=ref_logprobs,
+        sampling_logprobs=sampling_logprobs,
+    )
+    tokens, dtype = inputs.tokens, inputs.tokens.advantages.dtype
+    flat = torch.where(tokens.mask, logprobs.reshape(-1).to(dtype), 0.0)
+    terms = objective(flat, None if entropy is None else entropy.reshape(-1).to(dtype), tokens, config)
+    return terms.policy.reshape(shape), terms
+
+
+def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """Mean of the unmasked values, detached; 0 where there is none."""
+    return torch.where(mask, values.detach(), 0.0).sum() / mask.sum().clamp(min=1)
+
+
+def clipped_share(terms: Terms, advantages: Tensor, mask: Tensor, config: LossConfig) -> Tensor:
+    """The share of unmasked tokens whose ratio is out of [1 - epsilon, 1 + epsilon_high] on the side that A pushes."""
+    ratio, sign = terms.ratio.reshape(mask.shape), advantages.sign()
+    out = ((ratio < 1 - config.epsilon) & (sign < 0)) | ((ratio > 1 + config.upper_epsilon) & (sign > 0))
+    return masked_mean(out.to(ratio.dtype), mask)
