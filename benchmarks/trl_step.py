@@ -39,9 +39,9 @@ TOLERANCE = {"autocast": 3e-2, "bfloat16": 3e-2, "float32": 1e-4}
 
 
 @contextmanager
-def ready_states(lm: Any) -> Iterator[None]:
-    """The backbone gives the states of its first call again, as a leaf that requires a gradient."""
-    backbone, kept = lm.base_model, {}
+def ready_states(lm: Any, kept: dict[str, Any]) -> Iterator[None]:
+    """The backbone gives the states of its first call again, as a leaf that requires a gradient; `kept` holds them."""
+    backbone = lm.base_model
     forward = backbone.forward
 
     def stand_in(*args: Any, **kwargs: Any) -> Any:
@@ -126,9 +126,13 @@ def run(weights: str, given: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _without_backbone(trainer: Any, step: Callable[[], float]) -> Callable[[], float]:
     base = trainer.model.get_base_model() if hasattr(trainer.model, "peft_config") else trainer.model
-    context = ready_states(base)
-    context.__enter__()  # for as long as the process measures this mode, the last one
-    return step
+    kept: dict[str, Any] = {}
+
+    def alone() -> float:
+        with ready_states(base, kept):
+            return step()
+
+    return alone
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -123,6 +123,19 @@ def test_numbers_of_growth() -> None:
     assert f"ours is {timed(largest)['grpo-fast']['floor_ratio']:.1f} times the floor" in text()
 
 
+def test_numbers_inside_trl() -> None:
+    rows = json.loads((RESULTS / "trl_step.json").read_text())["rows"]
+    found = {(row["mode"], row["contender"]): row for row in rows if row["weights"] == "autocast"}
+    theirs, ours = found["loss part", "trl"], found["loss part", "grpo-fast"]
+    times = f"{theirs['median_seconds']:.2f} s and {ours['median_seconds']:.2f} s ({ours['faster_than_trl']:.1f} times faster)"
+    assert times in text()
+    assert ours["faster_than_trl"] >= 2.5
+    theirs, ours = found["update", "trl"], found["update", "grpo-fast"]
+    peaks = [round(row["peak_bytes"] / 2**20) for row in (theirs, ours)]
+    update = f"{theirs['median_seconds']:.1f} and {ours['median_seconds']:.1f} s in {peaks[0]} and {peaks[1]} MiB"
+    assert f"the whole update {update}" in text()
+
+
 def test_numbers_of_the_race() -> None:
     race = json.loads((RESULTS / "race" / "race.json").read_text())
     ours, theirs = (race["summary"][name] for name in ("grpo-fast", "trl"))
