@@ -40,13 +40,12 @@ class RowLaunch:
 OCCUPANCY = "occupancy arithmetic; not measured"
 
 # Up to this many columns: the launch. The last row serves everything above.
-_SHORT = RowLaunch(lanes=256, num_warps=4, programs=8, origin=OCCUPANCY)  # 4 KB a block, 32 KB in flight
-_MIDDLE = RowLaunch(lanes=512, num_warps=8, programs=4, origin=OCCUPANCY)  # 8 KB a block, 32 KB in flight
+_SHORT = RowLaunch(lanes=512, num_warps=8, programs=4, origin=OCCUPANCY)  # 8 KB a block, 32 KB in flight
 _LONG = RowLaunch(lanes=1024, num_warps=16, programs=2, origin=OCCUPANCY)  # 16 KB a block, 32 KB in flight
 ROW_LAUNCHES: dict[int, list[tuple[int | None, RowLaunch]]] = {
-    80: [(4096, _SHORT), (None, _MIDDLE)],
-    90: [(4096, _SHORT), (65536, _MIDDLE), (None, _LONG)],
-    100: [(4096, _SHORT), (65536, _MIDDLE), (None, _LONG)],
+    80: [(None, _SHORT)],
+    90: [(65536, _SHORT), (None, _LONG)],
+    100: [(65536, _SHORT), (None, _LONG)],
 }
 
 
