@@ -16,6 +16,7 @@ from torch import Tensor
 
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.inputs import (
+    TokenInputs,
     check_main_grad,
     check_target_range,
     check_targets,
@@ -25,7 +26,7 @@ from grpo_fast.inputs import (
     token_inputs,
 )
 from grpo_fast.metrics import Metrics, collect_metrics
-from grpo_fast.objectives import couples_sequences, couples_tokens, objective, total_loss
+from grpo_fast.objectives import Terms, couples_sequences, couples_tokens, objective, total_loss
 from grpo_fast.ops.group_backend import ActiveRows
 from grpo_fast.ops.launch import HeadLaunch, computed_tokens
 
@@ -241,6 +242,27 @@ def grpo_loss(
     )
 
 
+def policy_terms(
+    logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    entropy: Tensor | None,
+    config: LossConfig,
+    normalizer: Tensor | float | None = None,
+    **given: Tensor | None,
+) -> tuple[TokenInputs, Tensor, Tensor | None, Terms]:
+    """(inputs, logprobs, entropy, terms), all packed `[T]` and 0 where masked: `policy_loss` before its sum.
+
+    Args:
+        given: `cu_seqlens`, `loss_mask` and the other log-probabilities, as in `policy_loss`.
+    """
+    inputs = token_inputs(logprobs, tuple(logprobs.shape), advantages, config=config, normalizer=normalizer, **given)
+    tokens, dtype = inputs.tokens, inputs.tokens.advantages.dtype
+    flat = torch.where(tokens.mask, logprobs.reshape(-1).to(dtype), 0.0)
+    flat_entropy = None if entropy is None else torch.where(tokens.mask, entropy.reshape(-1).to(dtype), 0.0)
+    return inputs, flat, flat_entropy, objective(flat, flat_entropy, tokens, config)
+
+
 def policy_loss(
     logprobs: Tensor,
     advantages: Tensor,
@@ -270,22 +292,19 @@ def policy_loss(
         check_tensor("entropy", entropy, shapes=[(shape, "that of logprobs")], device=logprobs.device)
     elif config.entropy_coef != 0 or config.top_entropy_quantile < 1:
         raise ValueError("entropy: expected a tensor, as entropy_coef or top_entropy_quantile needs it; got None")
-    inputs = token_inputs(
+    inputs, flat, flat_entropy, terms = policy_terms(
         logprobs,
-        shape,
         advantages,
-        cu_seqlens=cu_seqlens,
-        loss_mask=loss_mask,
+        entropy=entropy,
         config=config,
         normalizer=normalizer,
+        cu_seqlens=cu_seqlens,
+        loss_mask=loss_mask,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
         sampling_logprobs=sampling_logprobs,
     )
-    tokens, dtype = inputs.tokens, inputs.tokens.advantages.dtype
-    flat = torch.where(tokens.mask, logprobs.reshape(-1).to(dtype), 0.0)
-    flat_entropy = None if entropy is None else torch.where(tokens.mask, entropy.reshape(-1).to(dtype), 0.0)
-    terms = objective(flat, flat_entropy, tokens, config)
+    tokens = inputs.tokens
     loss = total_loss(terms, flat_entropy, inputs.weights, config)
     detached_entropy = None if flat_entropy is None else flat_entropy.detach()
     metrics = collect_metrics(

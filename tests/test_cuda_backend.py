@@ -19,7 +19,7 @@ from grpo_fast.loss import grpo_loss, token_logprobs
 from grpo_fast.objectives import Tokens
 from grpo_fast.ops import backend as table
 from grpo_fast.ops import cuda_backend
-from grpo_fast.ops.backend import Transform, get_backend, resolve_backend
+from grpo_fast.ops.backend import RowChunk, RowSlopes, Transform, get_backend, resolve_backend
 from grpo_fast.ops.cuda_backend import CudaBackend
 from grpo_fast.packing import Segments
 from tests.cases import OBJECTIVES, assert_close, make_case, rel_rms
@@ -100,21 +100,22 @@ def test_dx_apart_and_over_the_logits(vocab: int, pitch: int, dtype: torch.dtype
     cuda, torch_backend = get_backend("cuda"), get_backend("torch")
     logits, targets, transform = row_inputs(vocab, pitch)
     exact = Transform(transform.head, transform.bias.double(), transform.temperature.double())
-    expected = torch_backend.statistics(logits.double(), targets, exact)
-    found = cuda.statistics(logits, targets, transform)
+    expected = torch_backend.statistics(RowChunk(logits.double(), targets, exact))
+    rows = RowChunk(logits, targets, transform)
+    found = cuda.statistics(rows)
     for one, other in zip(found, expected, strict=True):
         assert (one - other).abs().max() <= 1e-5
     g, e = torch.tensor([0.3, -1.0, 0.0, 2.0, 0.0, 1.0]), torch.tensor([0.0, 0.1, 0.0, -0.2, 0.3, 0.0])
-    given = (targets, found[2], found[1], g, e)
+    given = (found[2], found[1], g, e)
     wide = torch_backend.gradient(
-        logits.double(), *(t.double() if t.is_floating_point() else t for t in given), exact, dtype=torch.float64
+        RowChunk(logits.double(), targets, exact), RowSlopes(*(t.double() for t in given)), dtype=torch.float64
     )
     bound = {torch.float32: 1e-5, torch.bfloat16: 4e-3, torch.float16: 1e-3}[dtype]
     apart = torch.full((6, pitch + 3), torch.nan, dtype=dtype)[:, :vocab]
-    result = cuda.gradient(logits, *given, transform, dtype=dtype, out=apart)
+    result = cuda.gradient(rows, RowSlopes(*given), dtype=dtype, out=apart)
     assert result.data_ptr() == apart.data_ptr()
     assert rel_rms(apart, wide) <= bound
-    over = cuda.gradient(logits, *given, transform, dtype=dtype)
+    over = cuda.gradient(rows, RowSlopes(*given), dtype=dtype)
     assert over.untyped_storage().data_ptr() == logits.untyped_storage().data_ptr()
     assert over.dtype == dtype
     assert torch.equal(over, apart)
@@ -129,9 +130,9 @@ def test_scaled_rows_from_numbers_on_the_device(native: Any) -> None:
     config, weights = LossConfig(entropy_coef=0.1), torch.full((6,), 1 / 6)
     results = []
     for name, scale in (("torch", 8.0), ("cuda", 8.0), ("cuda", torch.tensor(8.0))):
-        rows = logits.clone()
+        rows = RowChunk(logits.clone(), targets, transform)
         dx, logprobs, entropy, live = get_backend(name).objective_rows(
-            rows, targets, transform, tokens, weights, config, dtype=torch.float32, grad_scale=scale
+            rows, tokens, weights, config, dtype=torch.float32, grad_scale=scale
         )
         results.append((dx, logprobs, entropy))
         assert live.all()
@@ -157,7 +158,7 @@ def test_bad_places_for_dx_are_refused(native: Any) -> None:
     low = logits.view(torch.bfloat16)[:, :97]
     with pytest.raises(ValueError, match="dx: expected memory apart from the logits, or rows 192 bytes into theirs"):
         get_backend("cuda").gradient(
-            logits, targets, zeros, zeros, zeros, None, transform, dtype=torch.bfloat16, out=low
+            RowChunk(logits, targets, transform), RowSlopes(zeros, zeros, zeros, None), dtype=torch.bfloat16, out=low
         )
 
 

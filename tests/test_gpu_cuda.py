@@ -20,7 +20,7 @@ from grpo_fast.aggregation import token_weights
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.objectives import Tokens
 from grpo_fast.ops import cuda_backend
-from grpo_fast.ops.backend import Transform, get_backend
+from grpo_fast.ops.backend import RowChunk, RowSlopes, Transform, get_backend
 from grpo_fast.packing import Segments
 from tests.cases import make_case, rel_rms
 
@@ -63,17 +63,18 @@ def check_rows(vocab: int, pitch: int, dtype: torch.dtype) -> None:
     g, e = torch.linspace(-1, 1, ROWS, device=DEVICE), torch.linspace(0.3, -0.1, ROWS, device=DEVICE)
     g[3] = e[3] = 0.0
     *statistics, expected = exact(logits, targets, g, e)
-    found = cuda.statistics(logits, targets, PLAIN)
+    rows = RowChunk(logits, targets, PLAIN)
+    found = cuda.statistics(rows)
     for name, one, other in zip(("logprobs", "entropy", "lse"), found, statistics, strict=True):
         assert (one - other).abs().max() <= 1e-5, name
     apart = torch.full((ROWS, pitch), torch.nan, dtype=dtype, device=DEVICE)
-    given = (targets, found[2], found[1], g, e, PLAIN)
-    cuda.gradient(logits, *given, dtype=dtype, out=apart[:, :vocab])
+    slopes = RowSlopes(found[2], found[1], g, e)
+    cuda.gradient(rows, slopes, dtype=dtype, out=apart[:, :vocab])
     if vocab > 1:
         assert rel_rms(apart[:, :vocab], expected) <= BOUNDS[dtype]
     assert apart[:, vocab:].isnan().all()
     before = logits.clone()
-    assert torch.equal(cuda.gradient(logits, *given, dtype=dtype), apart[:, :vocab])
+    assert torch.equal(cuda.gradient(rows, slopes, dtype=dtype), apart[:, :vocab])
     logits.copy_(before)
     check_fused(logits, targets, dtype, found)
 
@@ -87,11 +88,12 @@ def check_fused(logits: Tensor, targets: Tensor, dtype: torch.dtype, statistics:
     config, weights = LossConfig(loss_type="reinforce", entropy_coef=0.1), torch.full((ROWS,), 0.5, device=DEVICE)
     out = torch.full_like(logits, torch.nan, dtype=dtype)
     options: dict[str, Any] = {"dtype": dtype, "grad_scale": 2.0}
+    rows = RowChunk(logits, targets, PLAIN)
     before = logits.clone()
     results = []
     for place in (out, out.clone(), None):
         kwargs = options | ({} if place is None else {"out": place})
-        results.append(cuda.objective_rows(logits, targets, PLAIN, tokens, weights, config, **kwargs))
+        results.append(cuda.objective_rows(rows, tokens, weights, config, **kwargs))
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
     dx, logprobs, entropy, live = results[0]
@@ -120,11 +122,11 @@ def test_rows_are_the_same_bits_anywhere() -> None:
     """Other neighbours, other strides, more rows than clusters are resident, twice."""
     cuda = get_backend("cuda")
     logits, targets = chunk(50257, 50304, rows=700)
-    whole = cuda.statistics(logits, targets, PLAIN)
+    whole = cuda.statistics(RowChunk(logits, targets, PLAIN))
     order = torch.randperm(700, device=DEVICE)
     tight = logits[order].contiguous()  # rows that do not begin on 16 bytes
     for rows in (logits[order], tight):
-        again = cuda.statistics(rows, targets[order], PLAIN)
+        again = cuda.statistics(RowChunk(rows, targets[order], PLAIN))
         assert all(torch.equal(a[order], b) for a, b in zip(whole, again, strict=True))
 
 
@@ -135,14 +137,14 @@ def test_transformed_rows() -> None:
     temperature = torch.linspace(0.5, 1.5, ROWS, device=DEVICE)
     transform = Transform(HeadConfig(logit_scale=0.7, softcap=10.0), bias, temperature)
     wide = Transform(transform.head, bias.double(), temperature.double())
-    found, expected = cuda.statistics(logits, targets, transform), plain.statistics(logits.double(), targets, wide)
+    rows, wide_rows = RowChunk(logits, targets, transform), RowChunk(logits.double(), targets, wide)
+    found, expected = cuda.statistics(rows), plain.statistics(wide_rows)
     for one, other in zip(found, expected, strict=True):
         assert (one - other).abs().max() <= 1e-5
     g = torch.linspace(-1, 1, ROWS, device=DEVICE)
-    theirs = plain.gradient(
-        logits.double(), targets, found[2].double(), found[1].double(), g.double(), None, wide, dtype=torch.float64
-    )
-    ours = cuda.gradient(logits, targets, found[2], found[1], g, None, transform, dtype=torch.bfloat16)
+    wide_slopes = RowSlopes(found[2].double(), found[1].double(), g.double(), None)
+    theirs = plain.gradient(wide_rows, wide_slopes, dtype=torch.float64)
+    ours = cuda.gradient(rows, RowSlopes(found[2], found[1], g, None), dtype=torch.bfloat16)
     assert rel_rms(ours, theirs) <= BOUNDS[torch.bfloat16]
 
 
@@ -154,8 +156,10 @@ def test_small_graph_of_all_passes() -> None:
     out = torch.empty(ROWS, 32000, dtype=torch.bfloat16, device=DEVICE)
 
     def step() -> tuple[Tensor, ...]:
-        found = cuda.statistics(logits, targets, PLAIN)
-        return *found, cuda.gradient(logits, targets, found[2], found[1], g, None, PLAIN, dtype=out.dtype, out=out)
+        rows = RowChunk(logits, targets, PLAIN)
+        found = cuda.statistics(rows)
+        slopes = RowSlopes(found[2], found[1], g, None)
+        return *found, cuda.gradient(rows, slopes, dtype=out.dtype, out=out)
 
     side = torch.cuda.Stream()
     with torch.cuda.stream(side):
@@ -182,7 +186,7 @@ def test_launches_are_what_the_file_says() -> None:
 
 
 def test_errors_name_the_kernel_and_its_shape() -> None:
-    rows = cuda_backend.NativeRows(cuda_backend.native(), *chunk(97, 128), PLAIN).native
+    rows = cuda_backend.NativeRows(cuda_backend.native(), RowChunk(*chunk(97, 128), PLAIN)).native
     nowhere = dict.fromkeys(("logprobs", "entropy", "lse", "stream"), 0)
     with pytest.raises(RuntimeError, match=r"row_statistics of \[40, 97\]: cudaSetDevice: cudaErrorInvalidDevice"):
         cuda_backend.native().row_statistics(rows, **nowhere, device=99)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from grpo_fast.config import LossConfig
-from grpo_fast.inputs import token_inputs
-from grpo_fast.objectives import Terms, objective
+from grpo_fast.loss import policy_terms
+from grpo_fast.objectives import Terms
 
 
 def token_terms(
@@ -34,23 +34,18 @@ def token_terms(
     Raises:
         ValueError: an argument is malformed or missing.
     """
-    shape = tuple(logprobs.shape)
-    inputs = token_inputs(
+    _, _, _, terms = policy_terms(
         logprobs,
-        shape,
         advantages,
+        entropy=entropy,
+        config=config,
         cu_seqlens=cu_seqlens,
         loss_mask=loss_mask,
-        config=config,
-        normalizer=None,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
         sampling_logprobs=sampling_logprobs,
     )
-    tokens, dtype = inputs.tokens, inputs.tokens.advantages.dtype
-    flat = torch.where(tokens.mask, logprobs.reshape(-1).to(dtype), 0.0)
-    terms = objective(flat, None if entropy is None else entropy.reshape(-1).to(dtype), tokens, config)
-    return terms.policy.reshape(shape), terms
+    return terms.policy.reshape(logprobs.shape), terms
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -51,6 +51,36 @@ class Transform:
         return self if self.bias is None else replace(self, bias=self.bias[start:stop])
 
 
+@dataclass(frozen=True)
+class RowChunk:
+    """Rows of raw products, as every row function gets them.
+
+    Attributes:
+        logits: raw products `[R, V]`. targets: `[R]` int64. transform: of these rows.
+        vocab_start: the vocabulary index of column 0, when the chunk holds a block of the vocabulary.
+    """
+
+    logits: Tensor
+    targets: Tensor
+    transform: Transform
+    vocab_start: int = 0
+
+
+@dataclass(frozen=True)
+class RowSlopes:
+    """What the gradient needs to know of rows: their statistics, and the loss's derivatives.
+
+    Attributes:
+        lse, entropy: `[R]`.
+        g, e: `[R]` gradients of the loss in logprob and entropy (e None: zero). Rows with both zero give zeros.
+    """
+
+    lse: Tensor
+    entropy: Tensor
+    g: Tensor
+    e: Tensor | None
+
+
 class Backend(ABC):
     """GEMMs and row functions on a chunk of logits. All methods are deterministic and read no host value back.
 
@@ -104,38 +134,21 @@ class Backend(ABC):
     # -- row functions -----------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def statistics(self, logits: Tensor, targets: Tensor, transform: Transform) -> tuple[Tensor, Tensor, Tensor]:
-        """(logprobs, entropy, lse) `[R]` of raw products `[R, V]`, which stay as they are."""
+    def statistics(self, rows: RowChunk) -> tuple[Tensor, Tensor, Tensor]:
+        """(logprobs, entropy, lse) `[R]` of the rows, whose raw products stay as they are."""
 
     @abstractmethod
-    def gradient(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        lse: Tensor,
-        entropy: Tensor,
-        g: Tensor,
-        e: Tensor | None,
-        transform: Transform,
-        *,
-        dtype: torch.dtype,
-        vocab_start: int = 0,
-        out: Tensor | None = None,
-    ) -> Tensor:
+    def gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         """dx `[R, V]`, written to `out`, or over the raw products `[R, V]`.
 
         Args:
             dtype: of the GEMM operands that dx will meet; over the products, dx may be a narrower view of their memory.
             out: `[R, V]` in that dtype, or None.
-            g, e: `[R]` gradients of the loss in logprob and entropy (e None: zero). Rows with both zero give zeros.
-            vocab_start: the vocabulary index of column 0, when the chunk holds a block of the vocabulary.
         """
 
     def objective_rows(
         self,
-        logits: Tensor,
-        targets: Tensor,
-        transform: Transform,
+        rows: RowChunk,
         tokens: Tokens,
         weights: Tensor,
         config: LossConfig,
@@ -156,12 +169,11 @@ class Backend(ABC):
         Returns:
             (dx `[R, V]`, logprobs `[R]`, entropy `[R]`, live `[R]` bool: rows whose dx is not zero).
         """
-        logprobs, entropy, lse = self.statistics(logits, targets, transform)
+        logprobs, entropy, lse = self.statistics(rows)
         g, e = objective_derivative(logprobs, entropy, tokens, weights, config)
         live = g != 0 if e is None else (g != 0) | (e != 0)
-        g, e = g * grad_scale, None if e is None else e * grad_scale
-        dx = self.gradient(logits, targets, lse, entropy, g, e, transform, dtype=dtype, out=out)
-        return dx, logprobs, entropy, live
+        slopes = RowSlopes(lse, entropy, g * grad_scale, None if e is None else e * grad_scale)
+        return self.gradient(rows, slopes, dtype=dtype, out=out), logprobs, entropy, live
 
     def fused_forward(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, transform: Transform
@@ -194,21 +206,6 @@ def objective_derivative(
         grads = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
     return grads[0], grads[1] if entropy.requires_grad else None
 
-
-POLICY_TERMS = {
-    "grpo": "clipped",
-    "bnpo": "clipped",
-    "dr_grpo": "clipped",
-    "dapo": "clipped",
-    "luspo": "clipped",
-    "cispo": "cispo",
-    "sapo": "sapo",
-    "dppo": "dppo",
-    "ppo_dual": "ppo_dual",
-    "reinforce": "reinforce",
-    "rloo": "reinforce",
-}
-"""How objectives that fused row functions serve are called there: loss types that differ in their weights are one."""
 
 # -- the table --------------------------------------------------------------------------------------------------------
 

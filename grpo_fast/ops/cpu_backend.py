@@ -7,7 +7,7 @@
 Chunks are as large as the workspace allows, since each packs the whole weight: on two EPYC cores the full step at T =
 2048, V = 49152 took 0.59, 0.54 and 0.51 s with 64, 128 and 256 MiB, at T = 1024, V = 151936 2.0, 1.7 and 1.3 s.
 
-float64, which only tests use, has torch's row functions. Tensors go over as addresses: `_C` does not link torch.
+Tensors go over as addresses: `_C` does not link torch.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from grpo_fast.config import LossConfig
-from grpo_fast.objectives import Tokens, couples_tokens
-from grpo_fast.ops.backend import Transform
-from grpo_fast.ops.native_backend import NativeRows, native_dtype, objective_config
+from grpo_fast.objectives import Tokens
+from grpo_fast.ops.backend import RowChunk, RowSlopes
+from grpo_fast.ops.fused_backend import FusedBackend, correction_of, token_tensors
+from grpo_fast.ops.native_backend import NativeRows, native_dtype, objective_config, slope_tensors
 from grpo_fast.ops.native_backend import address as _address
-from grpo_fast.ops.torch_backend import TorchBackend
 
 _C: Any = None
 _missing = ""
@@ -33,7 +33,6 @@ try:  # after torch: the two share one OpenMP runtime, and gemm_cpu.cpp looks in
 except ImportError as error:
     _missing = str(error)
 _Rows = partial(NativeRows, _C)
-_objective_config = partial(objective_config, _C)
 
 TILE_ROWS = 64
 """Rows of a logits product; any number gives the same bits, so this only rounds chunks."""
@@ -46,7 +45,7 @@ def native() -> Any:
     return _C
 
 
-class CpuBackend(TorchBackend):
+class CpuBackend(FusedBackend):
     """See the module. What is not overridden, or not offered for a dtype, is the torch backend's."""
 
     name = "cpu"
@@ -61,13 +60,10 @@ class CpuBackend(TorchBackend):
             )
         return None
 
-    def scratch_bytes(self, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-        if dtype == torch.float64:
-            return super().scratch_bytes(vocab, dtype, device)
-        gemms = self.gemm_scratch_bytes(dtype, device)
-        if _multiplies(dtype):
-            gemms = int(_C.GEMM_SCRATCH_PER_THREAD) * torch.get_num_threads()
-        return 4 * vocab + gemms  # a float32 bias
+    def gemm_scratch_bytes(self, dtype: torch.dtype, device: torch.device) -> int:
+        if not _multiplies(dtype):
+            return super().gemm_scratch_bytes(dtype, device)
+        return int(_C.GEMM_SCRATCH_PER_THREAD) * torch.get_num_threads()
 
     def preferred_tile_rows(self, dtype: torch.dtype, device: torch.device) -> int:
         return TILE_ROWS if _multiplies(dtype) else super().preferred_tile_rows(dtype, device)
@@ -143,13 +139,11 @@ class CpuBackend(TorchBackend):
 
     # -- row functions -----------------------------------------------------------------------------------------------
 
-    def statistics(self, logits: Tensor, targets: Tensor, transform: Transform) -> tuple[Tensor, Tensor, Tensor]:
-        if logits.dtype == torch.float64:
-            return super().statistics(logits, targets, transform)
-        logprobs, entropy, lse = (logits.new_empty(logits.shape[0]) for _ in range(3))
-        rows = _Rows(logits, targets, transform)
+    def fused_statistics(self, rows: RowChunk) -> tuple[Tensor, Tensor, Tensor]:
+        logprobs, entropy, lse = (rows.logits.new_empty(rows.logits.shape[0]) for _ in range(3))
+        native_rows = _Rows(rows)
         _C.row_statistics(
-            rows.native,
+            native_rows.native,
             logprobs=logprobs.data_ptr(),
             entropy=entropy.data_ptr(),
             lse=lse.data_ptr(),
@@ -157,61 +151,35 @@ class CpuBackend(TorchBackend):
         )
         return logprobs, entropy, lse
 
-    def gradient(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        lse: Tensor,
-        entropy: Tensor,
-        g: Tensor,
-        e: Tensor | None,
-        transform: Transform,
-        *,
-        dtype: torch.dtype,
-        vocab_start: int = 0,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        if logits.dtype == torch.float64:
-            return super().gradient(
-                logits, targets, lse, entropy, g, e, transform, dtype=dtype, vocab_start=vocab_start, out=out
-            )
-        rows = _Rows(logits, targets, transform)
-        tensors = [None if t is None else t.float().contiguous() for t in (lse, entropy, g, e)]
+    def fused_gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        native_rows, kept = _Rows(rows), slope_tensors(slopes)
         _C.row_gradient(
-            rows.native,
-            **{name: _address(t) for name, t in zip(("lse", "entropy", "g", "e"), tensors, strict=True)},
-            vocab_start=vocab_start,
+            native_rows.native,
+            **{name: _address(t) for name, t in kept.items()},
+            vocab_start=rows.vocab_start,
             dtype=_dtype(_dx_dtype(dtype)),
             threads=torch.get_num_threads(),
         )
-        return _dx(logits, dtype, out)
+        return _dx(rows.logits, dtype, out)
 
-    def objective_rows(
+    def fused_objective(
         self,
-        logits: Tensor,
-        targets: Tensor,
-        transform: Transform,
+        rows: RowChunk,
         tokens: Tokens,
         weights: Tensor,
         config: LossConfig,
         *,
         dtype: torch.dtype,
         grad_scale: float | Tensor,
-        out: Tensor | None = None,
+        out: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        has_old = tokens.old_logprobs is not None
-        if logits.dtype == torch.float64 or couples_tokens(config, has_old=has_old):
-            return super().objective_rows(
-                logits, targets, transform, tokens, weights, config, dtype=dtype, grad_scale=grad_scale, out=out
-            )
+        logits = rows.logits
         logprobs, entropy = (logits.new_empty(logits.shape[0]) for _ in range(2))
         live = logits.new_empty(logits.shape[0], dtype=torch.bool)
-        rows = _Rows(logits, targets, transform)
-        given = {"advantages": tokens.advantages, "weights": weights} | tokens.optional(lambda values: values)
-        given = {name: None if t is None else t.float().contiguous() for name, t in given.items()}
+        native_rows, given = _Rows(rows), token_tensors(tokens, weights)
         _C.row_objective(
-            rows.native,
-            _objective_config(config, given["importance"] is not None, tokens.sampling_logprobs is not None),
+            native_rows.native,
+            objective_config(_C, config, correction_of(config, tokens)),
             **{name: _address(t) for name, t in given.items()},
             entropy_gradient=-config.entropy_coef / max(float(tokens.num_active), 1.0),
             grad_scale=float(grad_scale),

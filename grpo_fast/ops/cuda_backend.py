@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from grpo_fast.config import LossConfig
-from grpo_fast.objectives import Tokens, couples_tokens
-from grpo_fast.ops.backend import Transform
-from grpo_fast.ops.native_backend import NativeRows, address, native_dtype, objective_config
-from grpo_fast.ops.torch_backend import TorchBackend
+from grpo_fast.objectives import Tokens
+from grpo_fast.ops.backend import RowChunk, RowSlopes
+from grpo_fast.ops.fused_backend import GpuBackend, correction_of, entropy_slope, old_gpu, token_tensors
+from grpo_fast.ops.native_backend import NativeRows, address, native_dtype, objective_config, slope_tensors
 
 _cuda: Any = None
 _missing = ""
@@ -30,21 +30,16 @@ try:
 except ImportError as error:
     _missing = str(error)
 
-PITCH = 64
-"""Elements that a row of logits or dx is padded to: 128 bytes of bf16."""
-TILE_ROWS = 512
-
 
 def native() -> Any:
     """The extension module, or None where it is not built."""
     return _cuda
 
 
-class CudaBackend(TorchBackend):
+class CudaBackend(GpuBackend):
     """See the module. What is not overridden is the torch backend's."""
 
     name = "cuda"
-    stages_dx = True
 
     def why_unavailable(self, device: torch.device) -> str | None:
         if device.type != "cuda":
@@ -56,99 +51,54 @@ class CudaBackend(TorchBackend):
             )
         if not torch.cuda.is_available():
             return "torch sees no CUDA device: it is built without CUDA, or there is no driver or GPU"
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            return f"needs compute capability 8.0 or higher; this device has {capability[0]}.{capability[1]}"
-        return None
+        return old_gpu(device)
 
-    def scratch_bytes(self, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-        if dtype == torch.float64:
-            return super().scratch_bytes(vocab, dtype, device)
-        return 4 * vocab + self.gemm_scratch_bytes(dtype, device)  # a float32 bias
-
-    def preferred_tile_rows(self, dtype: torch.dtype, device: torch.device) -> int:
-        return TILE_ROWS
-
-    def row_pitch(self, vocab: int) -> int:
-        return -(-vocab // PITCH) * PITCH
-
-    def statistics(self, logits: Tensor, targets: Tensor, transform: Transform) -> tuple[Tensor, Tensor, Tensor]:
-        if logits.dtype != torch.float32:
-            return super().statistics(logits, targets, transform)
-        rows = NativeRows(_cuda, logits, targets, transform)
-        logprobs, entropy, lse = (logits.new_empty(logits.shape[0]) for _ in range(3))
+    def fused_statistics(self, rows: RowChunk) -> tuple[Tensor, Tensor, Tensor]:
+        native_rows = NativeRows(_cuda, rows)
+        logprobs, entropy, lse = (rows.logits.new_empty(rows.logits.shape[0]) for _ in range(3))
         _cuda.row_statistics(
-            rows.native,
+            native_rows.native,
             logprobs=logprobs.data_ptr(),
             entropy=entropy.data_ptr(),
             lse=lse.data_ptr(),
-            **_queue(logits),
+            **_queue(rows.logits),
         )
         return logprobs, entropy, lse
 
-    def gradient(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        lse: Tensor,
-        entropy: Tensor,
-        g: Tensor,
-        e: Tensor | None,
-        transform: Transform,
-        *,
-        dtype: torch.dtype,
-        vocab_start: int = 0,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        if logits.dtype != torch.float32:
-            return super().gradient(
-                logits, targets, lse, entropy, g, e, transform, dtype=dtype, vocab_start=vocab_start, out=out
-            )
-        rows = NativeRows(_cuda, logits, targets, transform)
-        dx = _over(logits, dtype) if out is None else out
-        given = {"lse": lse, "entropy": entropy, "g": g, "e": e}
-        kept = {name: None if t is None else t.float().contiguous() for name, t in given.items()}
+    def fused_gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        native_rows, kept = NativeRows(_cuda, rows), slope_tensors(slopes)
+        dx = _over(rows.logits, dtype) if out is None else out
         _cuda.row_gradient(
-            rows.native,
+            native_rows.native,
             **{name: address(t) for name, t in kept.items()},
-            vocab_start=vocab_start,
+            vocab_start=rows.vocab_start,
             **_dx(dx),
-            **_queue(logits),
+            **_queue(rows.logits),
         )
         return dx
 
-    def objective_rows(
+    def fused_objective(
         self,
-        logits: Tensor,
-        targets: Tensor,
-        transform: Transform,
+        rows: RowChunk,
         tokens: Tokens,
         weights: Tensor,
         config: LossConfig,
         *,
         dtype: torch.dtype,
         grad_scale: float | Tensor,
-        out: Tensor | None = None,
+        out: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        coupled = couples_tokens(config, has_old=tokens.old_logprobs is not None)
-        if logits.dtype != torch.float32 or coupled:
-            return super().objective_rows(
-                logits, targets, transform, tokens, weights, config, dtype=dtype, grad_scale=grad_scale, out=out
-            )
-        rows = NativeRows(_cuda, logits, targets, transform)
+        logits, native_rows = rows.logits, NativeRows(_cuda, rows)
         dx = _over(logits, dtype) if out is None else out
         logprobs, entropy = (logits.new_empty(logits.shape[0]) for _ in range(2))
         live = logits.new_empty(logits.shape[0], dtype=torch.bool)
-        given = {"advantages": tokens.advantages, "weights": weights} | tokens.optional(lambda values: values)
-        if config.entropy_coef != 0:
-            given["entropy_gradient"] = -config.entropy_coef / tokens.num_active.float().clamp(min=1).reshape(1)
-        if isinstance(grad_scale, Tensor):
-            given["grad_scale"] = grad_scale.reshape(1)
-        kept = {name: None if t is None else t.float().contiguous() for name, t in given.items()}
+        scale = grad_scale.float().reshape(1) if isinstance(grad_scale, Tensor) else None
+        kept = token_tensors(tokens, weights)
+        kept |= {"entropy_gradient": entropy_slope(tokens, config), "grad_scale": scale}
         _cuda.row_objective(
-            rows.native,
-            objective_config(_cuda, config, tokens.importance is not None, tokens.sampling_logprobs is not None),
-            **{"entropy_gradient": 0, "grad_scale": 0} | {name: address(t) for name, t in kept.items()},
+            native_rows.native,
+            objective_config(_cuda, config, correction_of(config, tokens)),
+            **{name: address(t) for name, t in kept.items()},
             grad_scale_value=1.0 if isinstance(grad_scale, Tensor) else float(grad_scale),
             **_dx(dx),
             logprobs=logprobs.data_ptr(),

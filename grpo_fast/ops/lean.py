@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grpo_fast.ops.backend import RowChunk, RowSlopes
 from grpo_fast.ops.gradients import Gradients, Wanted
 from grpo_fast.ops.workspace import HeadCall
 
@@ -31,8 +32,7 @@ def lean_backward_pass(
     index, n, scale = call.select(0, call.num_rows), call.num_rows, call.grad_scale(g)
     vocab, width = call.weight.shape
     hidden, targets, transform = call.hidden[index], call.targets[index], call.transform.rows(index)
-    lse, entropy, g = lse[index], entropy[index], g[index] * scale
-    e = None if e is None else e[index] * scale
+    slopes = RowSlopes(lse[index], entropy[index], g[index] * scale, None if e is None else e[index] * scale)
     grad_rows = hidden.new_zeros(hidden.shape, dtype=call.accumulator) if want.hidden else None
     grad_weight = (
         call.weight.new_zeros((vocab, width), dtype=call.grad_dtype) if want.weight and want.main_grad is None else None
@@ -45,7 +45,7 @@ def lean_backward_pass(
         weight, columns = call.weight[start:stop], transform.vocab_block(start, stop)
         logits = buffer[: n * (stop - start)].view(n, stop - start)
         call.backend.logits(hidden, weight, logits, n)
-        dx = call.backend.gradient(logits, targets, lse, entropy, g, e, columns, dtype=hidden.dtype, vocab_start=start)
+        dx = call.backend.gradient(RowChunk(logits, targets, columns, start), slopes, dtype=hidden.dtype)
         if grad_rows is not None:
             call.backend.grad_hidden(dx, weight, grad_rows)
         if grad_bias is not None:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from grpo_fast.config import LossConfig
-from grpo_fast.ops.backend import POLICY_TERMS, Transform
+from grpo_fast.ops.backend import RowChunk, RowSlopes
+from grpo_fast.ops.fused_backend import POLICY_TERMS
 
 
 def address(tensor: Tensor | None) -> int:
@@ -29,11 +30,12 @@ def native_dtype(module: Any, dtype: torch.dtype) -> Any:
 class NativeRows:
     """A chunk of logits `[R, V]` float32 as the module's `Rows`, and what its addresses point to."""
 
-    def __init__(self, module: Any, logits: Tensor, targets: Tensor, transform: Transform) -> None:
+    def __init__(self, module: Any, rows: RowChunk) -> None:
+        logits, transform = rows.logits, rows.transform
         temperature = transform.temperature
         per_row = temperature.float().contiguous() if isinstance(temperature, Tensor) else None
         bias = None if transform.bias is None else transform.bias.float().contiguous()
-        targets = targets.contiguous()
+        targets = rows.targets.contiguous()
         self.kept = (logits, targets, bias, per_row)
         self.native = module.Rows(
             logits=logits.data_ptr(),
@@ -49,17 +51,20 @@ class NativeRows:
         )
 
 
+def slope_tensors(slopes: RowSlopes) -> dict[str, Tensor | None]:
+    """What the gradient's function reads of rows, by name: `[R]` float32, contiguous, or None."""
+    given = {"lse": slopes.lse, "entropy": slopes.entropy, "g": slopes.g, "e": slopes.e}
+    return {name: None if t is None else t.float().contiguous() for name, t in given.items()}
+
+
 @cache
-def objective_config(module: Any, config: LossConfig, importance_given: bool, has_sampling: bool) -> Any:
+def objective_config(module: Any, config: LossConfig, correction: str) -> Any:
     """The config in C++ terms."""
     native = module.ObjectiveConfig()
     native.policy = getattr(module.PolicyTerm, POLICY_TERMS[config.loss_type])
     native.kl = getattr(module.KlEstimator, config.kl_estimator if config.beta else "none")
     native.kl_times_ratio = config.use_bias_correction_kl
-    if importance_given:
-        native.correction = module.Correction.weight
-    elif config.importance_sampling_mode is not None and has_sampling:
-        native.correction = getattr(module.Correction, config.importance_sampling_mode)
+    native.correction = getattr(module.Correction, correction)
     low, high = config.importance_sampling_clip_min, config.importance_sampling_clip_max
     native.importance_min = -math.inf if low is None else low
     native.importance_max = math.inf if high is None else high

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from grpo_fast.config import LossConfig
 from grpo_fast.objectives import Tokens
+from grpo_fast.ops.backend import RowSlopes
 from grpo_fast.ops.gradients import Gradients, GradientSink, Wanted
 from grpo_fast.ops.workspace import HeadCall, Piece, Workspace, boundaries
 from grpo_fast.packing import Segments
@@ -39,7 +40,7 @@ def forward_pass(call: HeadCall, plan: str) -> tuple[Tensor, Tensor, Tensor, Ten
     logprobs, entropy, lse = whole
 
     def statistics(piece: Piece) -> None:
-        parts = call.backend.statistics(piece.logits, piece.targets, piece.transform)
+        parts = call.backend.statistics(piece.rows)
         for result, part in zip(whole, parts, strict=True):
             result[piece.index] = part
 
@@ -100,9 +101,7 @@ def objective_pass(
 
     def rows(piece: Piece) -> tuple[Tensor, Tensor]:
         dx, logprobs[piece.index], entropy[piece.index], live = call.backend.objective_rows(
-            piece.logits,
-            piece.targets,
-            piece.transform,
+            piece.rows,
             take_tokens(tokens, piece.index, piece.start, piece.stop, row_counts),
             weights[piece.index],
             config,
@@ -143,17 +142,8 @@ def _gradient(
     call: HeadCall, piece: Piece, lse: Tensor, entropy: Tensor, g_rows: Tensor, e_rows: Tensor | None
 ) -> Tensor:
     """dx of a piece, from `[T]` statistics and `[r]` gradients."""
-    return call.backend.gradient(
-        piece.logits,
-        piece.targets,
-        lse[piece.index],
-        entropy[piece.index],
-        g_rows,
-        e_rows,
-        piece.transform,
-        dtype=call.hidden.dtype,
-        out=piece.out,
-    )
+    slopes = RowSlopes(lse[piece.index], entropy[piece.index], g_rows, e_rows)
+    return call.backend.gradient(piece.rows, slopes, dtype=call.hidden.dtype, out=piece.out)
 
 
 def take_tokens(tokens: Tokens, index: Tensor | slice, start: int, stop: int, row_counts: list[int] | None) -> Tokens:

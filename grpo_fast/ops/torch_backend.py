@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from grpo_fast.ops.backend import Backend, Transform
+from grpo_fast.ops.backend import Backend, RowChunk, RowSlopes, Transform
 
 MIN_ROW_BLOCK = 16
 ROW_BLOCK_ELEMENTS = 2**19
@@ -120,35 +120,31 @@ class TorchBackend(Backend):
 
     # -- row functions -----------------------------------------------------------------------------------------------
 
-    def statistics(self, logits: Tensor, targets: Tensor, transform: Transform) -> tuple[Tensor, Tensor, Tensor]:
+    def statistics(self, rows: RowChunk) -> tuple[Tensor, Tensor, Tensor]:
+        logits, targets, transform = rows.logits, rows.targets, rows.transform
         logprobs, entropy, lse = (logits.new_empty(logits.shape[0]) for _ in range(3))
-        for rows in _row_blocks(logits):
-            z = _transformed(logits[rows], transform, rows)
+        for block in _row_blocks(logits):
+            z = _transformed(logits[block], transform, block)
             log_p = torch.log_softmax(z, dim=-1)
-            logprobs[rows] = log_p.gather(1, targets[rows, None])[:, 0]
-            lse[rows] = z.amax(-1) - log_p.amax(-1)
+            logprobs[block] = log_p.gather(1, targets[block, None])[:, 0]
+            lse[block] = z.amax(-1) - log_p.amax(-1)
             probabilities = log_p.exp()
             # A probability of zero has log -inf; its product must be zero, not NaN.
             finite_log_p = log_p.clamp_(min=torch.finfo(log_p.dtype).min)
-            entropy[rows] = -probabilities.mul_(finite_log_p).sum(-1)
+            entropy[block] = -probabilities.mul_(finite_log_p).sum(-1)
         return logprobs, entropy, lse
 
-    def gradient(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        lse: Tensor,
-        entropy: Tensor,
-        g: Tensor,
-        e: Tensor | None,
-        transform: Transform,
-        *,
-        dtype: torch.dtype,
-        vocab_start: int = 0,
-        out: Tensor | None = None,
-    ) -> Tensor:
+    def gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        logits, transform, lse, entropy, g, e = (
+            rows.logits,
+            rows.transform,
+            slopes.lse,
+            slopes.entropy,
+            slopes.g,
+            slopes.e,
+        )
         num_columns = logits.shape[1]
-        columns = targets - vocab_start
+        columns = rows.targets - rows.vocab_start
         inside = (columns >= 0) & (columns < num_columns)
         one_hot = torch.where(inside, g, 0.0)[:, None]
         columns = columns.clamp(0, num_columns - 1)[:, None]
@@ -156,17 +152,17 @@ class TorchBackend(Backend):
         # A row's narrow result lies over the first half of its own logits, which have been read by then.
         over = logits.view(dtype)[:, :num_columns] if narrow else logits
         dx = over if out is None else out
-        for rows in _row_blocks(logits):
-            z = _transformed(logits[rows], transform, rows)
-            log_p = z - lse[rows, None]
+        for block in _row_blocks(logits):
+            z = _transformed(logits[block], transform, block)
+            log_p = z - lse[block, None]
             grad = log_p.exp()
             if e is None:
-                grad.mul_(-g[rows, None])
+                grad.mul_(-g[block, None])
             else:
-                slope = log_p.clamp_(min=torch.finfo(log_p.dtype).min).add_(entropy[rows, None])
-                grad.mul_(slope.mul_(-e[rows, None]).sub_(g[rows, None]))
-            grad.scatter_add_(1, columns[rows], one_hot[rows])
-            dx[rows].copy_(_through_transform(grad, z, transform, rows))
+                slope = log_p.clamp_(min=torch.finfo(log_p.dtype).min).add_(entropy[block, None])
+                grad.mul_(slope.mul_(-e[block, None]).sub_(g[block, None]))
+            grad.scatter_add_(1, columns[block], one_hot[block])
+            dx[block].copy_(_through_transform(grad, z, transform, block))
         return dx
 
 

@@ -19,20 +19,22 @@ import torch
 from torch import Tensor
 
 from grpo_fast.config import LossConfig
-from grpo_fast.objectives import Tokens, couples_tokens
-from grpo_fast.ops.backend import POLICY_TERMS, Transform
-from grpo_fast.ops.torch_backend import TorchBackend
+from grpo_fast.objectives import Tokens
+from grpo_fast.ops.backend import RowChunk, RowSlopes, Transform
+from grpo_fast.ops.fused_backend import (
+    POLICY_TERMS,
+    GpuBackend,
+    correction_of,
+    entropy_slope,
+    old_gpu,
+    token_tensors,
+)
 
-PITCH = 64
-"""Elements that a row of logits or dx is padded to: 128 bytes of bf16."""
-TILE_ROWS = 512
 
-
-class TritonBackend(TorchBackend):
+class TritonBackend(GpuBackend):
     """See the module. What is not overridden is the torch backend's."""
 
     name = "triton"
-    stages_dx = True
     has_fused_forward = True
 
     def why_unavailable(self, device: torch.device) -> str | None:
@@ -42,21 +44,10 @@ class TritonBackend(TorchBackend):
             return None
         if device.type != "cuda":
             return "its kernels run on NVIDIA GPUs (TRITON_INTERPRET=1 runs them on the CPU, slowly)"
-        capability = torch.cuda.get_device_capability(device)
-        if capability < (8, 0):
-            return f"needs compute capability 8.0 or higher; this device has {capability[0]}.{capability[1]}"
-        return None
+        return old_gpu(device)
 
-    def scratch_bytes(self, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-        if dtype == torch.float64:
-            return super().scratch_bytes(vocab, dtype, device)
-        return self.gemm_scratch_bytes(dtype, device)
-
-    def preferred_tile_rows(self, dtype: torch.dtype, device: torch.device) -> int:
-        return TILE_ROWS if device.type == "cuda" else super().preferred_tile_rows(dtype, device)
-
-    def row_pitch(self, vocab: int) -> int:
-        return -(-vocab // PITCH) * PITCH
+    def row_scratch_bytes(self, vocab: int) -> int:
+        return 0
 
     # The interpreter's GEMMs are torch's on the CPU, which upcasts operands.
 
@@ -68,36 +59,17 @@ class TritonBackend(TorchBackend):
             dx if dx.is_cuda else dx.to(torch.promote_types(dx.dtype, torch.float32)), hidden, out, base
         )
 
-    def statistics(self, logits: Tensor, targets: Tensor, transform: Transform) -> tuple[Tensor, Tensor, Tensor]:
-        if logits.dtype == torch.float64:
-            return super().statistics(logits, targets, transform)
+    def fused_statistics(self, rows: RowChunk) -> tuple[Tensor, Tensor, Tensor]:
         from grpo_fast.kernels.row_statistics import row_statistics_of
 
-        return row_statistics_of(_rows(logits, targets, transform))
+        return row_statistics_of(_rows(rows))
 
-    def gradient(
-        self,
-        logits: Tensor,
-        targets: Tensor,
-        lse: Tensor,
-        entropy: Tensor,
-        g: Tensor,
-        e: Tensor | None,
-        transform: Transform,
-        *,
-        dtype: torch.dtype,
-        vocab_start: int = 0,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        if logits.dtype == torch.float64:
-            return super().gradient(
-                logits, targets, lse, entropy, g, e, transform, dtype=dtype, vocab_start=vocab_start, out=out
-            )
+    def fused_gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None) -> Tensor:
         from grpo_fast.kernels.row_gradient import row_gradient_of
 
-        rows = _rows(logits, targets, transform)
-        dx = rows.dx(dtype) if out is None else out
-        row_gradient_of(rows, lse, entropy, g, e, dx, vocab_start=vocab_start)
+        chunk = _rows(rows)
+        dx = chunk.dx(dtype) if out is None else out
+        row_gradient_of(chunk, slopes.lse, slopes.entropy, slopes.g, slopes.e, dx, vocab_start=rows.vocab_start)
         return dx
 
     def fused_forward(
@@ -115,43 +87,32 @@ class TritonBackend(TorchBackend):
             temperature=transform.temperature,
         )
 
-    def objective_rows(
+    def fused_objective(
         self,
-        logits: Tensor,
-        targets: Tensor,
-        transform: Transform,
+        rows: RowChunk,
         tokens: Tokens,
         weights: Tensor,
         config: LossConfig,
         *,
         dtype: torch.dtype,
         grad_scale: float | Tensor,
-        out: Tensor | None = None,
+        out: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        coupled = couples_tokens(config, has_old=tokens.old_logprobs is not None)
-        if logits.dtype == torch.float64 or coupled:
-            return super().objective_rows(
-                logits, targets, transform, tokens, weights, config, dtype=dtype, grad_scale=grad_scale, out=out
-            )
         from grpo_fast.kernels.row_objective import row_objective_of
 
-        rows = _rows(logits, targets, transform)
-        dx = rows.dx(dtype) if out is None else out
-        given = {"weights": weights, "advantages": tokens.advantages} | tokens.optional(lambda values: values)
-        entropy_gradient = None
-        if config.entropy_coef != 0:
-            entropy_gradient = -config.entropy_coef / tokens.num_active.float().clamp(min=1).reshape(1)
+        chunk, device = _rows(rows), rows.logits.device
+        dx = chunk.dx(dtype) if out is None else out
         scale = None
         if isinstance(grad_scale, Tensor):
             scale = grad_scale.float().reshape(1)
         elif grad_scale != 1:
-            scale = torch.full((1,), grad_scale, device=logits.device)  # a fill: a copy would wait for the device
+            scale = torch.full((1,), grad_scale, device=device)  # a fill: a copy would wait for the device
         logprobs, entropy, live = row_objective_of(
-            rows,
-            _objective(config, tokens.importance is not None, tokens.sampling_logprobs is not None, logits.device),
-            given,
+            chunk,
+            _objective(config, correction_of(config, tokens), device),
+            token_tensors(tokens, weights),
             dx,
-            entropy_gradient=entropy_gradient,
+            entropy_gradient=entropy_slope(tokens, config),
             grad_scale=scale,
         )
         return dx, logprobs, entropy, live
@@ -161,25 +122,19 @@ def _interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
-def _rows(logits: Tensor, targets: Tensor, transform: Transform):  # type: ignore[no-untyped-def]
+def _rows(rows: RowChunk):  # type: ignore[no-untyped-def]
     from grpo_fast.kernels.rows import Rows
 
-    return Rows(
-        logits, targets, transform.bias, transform.head.logit_scale, transform.head.softcap, transform.temperature
-    )
+    head, transform = rows.transform.head, rows.transform
+    return Rows(rows.logits, rows.targets, transform.bias, head.logit_scale, head.softcap, transform.temperature)
 
 
 @cache
-def _objective(config: LossConfig, importance_given: bool, has_sampling: bool, device: torch.device):  # type: ignore[no-untyped-def]
+def _objective(config: LossConfig, correction: str, device: torch.device):  # type: ignore[no-untyped-def]
     """The config in the kernel's terms; its numbers are copied to the device once."""
     from grpo_fast.kernels.objective import objective_parameters
     from grpo_fast.kernels.row_objective import Objective
 
-    correction = "none"
-    if importance_given:
-        correction = "weight"
-    elif config.importance_sampling_mode is not None and has_sampling:
-        correction = config.importance_sampling_mode
     parameters = {
         "clip_low": 1.0 - config.epsilon,
         "clip_high": 1.0 + config.upper_epsilon,

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_fast.ops.backend import Backend, Transform
+from grpo_fast.ops.backend import Backend, RowChunk, Transform
 from grpo_fast.ops.planner import RowBudget
 
 
@@ -95,16 +95,14 @@ class Piece:
 
     Attributes:
         start, stop: which of the computed rows these are. index: the same among the T rows.
-        logits: `[r, V]`. targets: `[r]`. transform: of these rows.
+        rows: their raw products `[r, V]` and what belongs to them.
         out: `[r, V]` where dx goes, or None for over the logits.
     """
 
     start: int
     stop: int
     index: Tensor | slice
-    logits: Tensor
-    targets: Tensor
-    transform: Transform
+    rows: RowChunk
     out: Tensor | None
 
 
@@ -216,9 +214,7 @@ class Workspace:
                     start + first,
                     start + last,
                     index,
-                    logits[: last - first],
-                    call.targets[index],
-                    call.transform.rows(index),
+                    RowChunk(logits[: last - first], call.targets[index], call.transform.rows(index)),
                     None if chunk.dx is None else chunk.dx[first:last],
                 )
                 if second is not None:
