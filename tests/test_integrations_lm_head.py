@@ -20,7 +20,6 @@ pytest.importorskip("transformers")
 
 from grpo_fast.config import LossConfig
 from grpo_fast.integrations.lm_head import Objective, fuse_lm_head
-from grpo_fast.integrations.trl.inputs import model_inputs
 from grpo_fast.loss import policy_loss
 
 COMPLETION = 5
@@ -182,57 +181,3 @@ def test_inside_wrappers() -> None:
         for rank in ranks:
             rank.kill()
     assert all(code == 0 for _, code in results), "\n".join(error for error, _ in results)
-
-
-# -- images -----------------------------------------------------------------------------------------------------------
-
-PIXELS = torch.arange(12).reshape(12, 1)
-TYPES = torch.arange(6).reshape(3, 2)
-GRID = torch.tensor([[1, 2, 2], [1, 1, 2], [1, 2, 3]])  # 4, 2 and 6 patches
-# three samples with 2, 0 and 1 images; the first chunk is samples 0 and 1
-LAYOUTS = {
-    "patches": ({"pixel_values": PIXELS, "image_grid_thw": GRID, "num_images": [2, 0, 1]}, 6, {"image_grid_thw": 2}),
-    "positions": (
-        {"pixel_values": PIXELS[:3], "image_position_ids": GRID, "num_images": [2, 0, 1]},
-        2,
-        {"image_position_ids": 2},
-    ),
-    "shaped tiles": (
-        {
-            "pixel_values": PIXELS[:5],
-            "pixel_attention_mask": PIXELS[:5],
-            "spatial_shapes": PIXELS[:5],
-            "num_images": [2, 0, 1],
-            "num_tiles": [3, 0, 2],
-        },
-        3,
-        {"pixel_attention_mask": 3, "spatial_shapes": 3},
-    ),
-    "tiles": ({"pixel_values": PIXELS[:5], "num_images": [2, 0, 1], "num_tiles": [3, 0, 2]}, 3, {}),
-    "images": (
-        {"pixel_values": PIXELS[:4], "image_sizes": PIXELS[:4], "num_images": [2, 1, 1]},
-        3,
-        {"image_sizes": 3},
-    ),
-    "samples": (
-        {"pixel_values": PIXELS[:3], "pixel_attention_mask": PIXELS[:3], "mm_token_type_ids": TYPES},
-        2,
-        {"pixel_attention_mask": 2, "mm_token_type_ids": 2},
-    ),
-}
-
-
-@pytest.mark.parametrize("name", LAYOUTS)
-def test_chunks_of_images(name: str) -> None:
-    given, rows, others = LAYOUTS[name]
-    given = {**given, "token_type_ids": None}
-    first, rest = model_inputs(given, 0, 2, 3), model_inputs(given, 2, 3, 3)
-    assert {key: len(values) for key, values in first.items()} == {"pixel_values": rows, **others}
-    for key in first:  # nothing lost, nothing twice
-        assert torch.equal(torch.cat([first[key], rest[key]]), given[key])
-
-
-def test_chunks_without_images() -> None:
-    assert model_inputs({"image_grid_thw": GRID, "pixel_values": None, "num_images": [2, 0, 1]}, 0, 3, 3) == {}
-    with pytest.raises(TypeError, match="audio_values: unexpected"):
-        model_inputs({"audio_values": PIXELS}, 0, 3, 3)
