@@ -36,10 +36,11 @@ def test_the_loss_in_fifteen_lines() -> None:
     assert names["out"].metrics.as_dict()["ratio/max"] == 1.0
 
 
-def test_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#]+)\)", README.read_text())
+@pytest.mark.parametrize("page", ["README.md", "examples/README.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", (REPO / page).read_text())
     assert len(links) >= 5
-    missing = [link for link in links if "://" not in link and not (REPO / link).exists()]
+    missing = [link for link in links if "://" not in link and not (REPO / page).parent.joinpath(link).exists()]
     assert not missing
 
 
@@ -134,6 +135,17 @@ def test_numbers_inside_trl() -> None:
     peaks = [round(row["peak_bytes"] / 2**20) for row in (theirs, ours)]
     update = f"{theirs['median_seconds']:.1f} and {ours['median_seconds']:.1f} s in {peaks[0]} and {peaks[1]} MiB"
     assert f"the whole update {update}" in text()
+
+
+def test_numbers_of_trls_own_tests() -> None:
+    record = json.loads((RESULTS / "trl_tests.json").read_text())
+    different = [name for name, test in record["tests"].items() if len(set(test["outcomes"].values())) > 1]
+    assert not different
+    counts = record["counts"]["trl"]
+    page = (REPO / "examples" / "README.md").read_text()
+    assert f"`tests/test_grpo_trainer.py`: {len(record['tests'])} tests" in page
+    assert f"({counts['passed']} pass; {counts['skipped']} need" in page
+    assert f"{counts['xfailed']} is expected to fail; {counts['failed']} fail with TRL's class too" in page
 
 
 def test_numbers_of_the_race() -> None:
