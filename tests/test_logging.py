@@ -141,7 +141,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 # ---- what is printed ------------------------------------------------------------------------------------------------
 
 
-def test_plain_lines_without_a_terminal(tmp_path):
+def test_plain_lines_without_a_terminal(tmp_path, monkeypatch):
+    monkeypatch.setattr(logging_module.time, "monotonic", lambda: 100.0)  # however busy the machine
     with _logger(tmp_path, max_steps=1000) as logger:
         logger.eval(0, {"reward": 0.25, "pass@1": 0.5, "completions/mean_length": 9.0})
         logger.step(1, STEP)
