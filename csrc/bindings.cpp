@@ -59,9 +59,8 @@ void bind_rows(py::module_& m) {
       [](const Rows& rows, const ObjectiveConfig& config, Address advantages, Address weights, Address old_logprobs,
          Address ref_logprobs, Address sampling_logprobs, Address importance, float entropy_gradient, float grad_scale,
          DType dtype, Address logprobs, Address entropy, Address live, int threads) {
-        const RowTokens tokens{at<const float>(advantages),        at<const float>(weights),
-                               at<const float>(old_logprobs),      at<const float>(ref_logprobs),
-                               at<const float>(sampling_logprobs), at<const float>(importance)};
+        const RowTokens tokens =
+            row_tokens_at(advantages, weights, old_logprobs, ref_logprobs, sampling_logprobs, importance);
         row_objective(rows, config, tokens, entropy_gradient, grad_scale, dtype, at<float>(logprobs),
                       at<float>(entropy), at<uint8_t>(live), launch_on(threads));
       },
@@ -82,14 +81,8 @@ int64_t token_rows_of(Address cu_seqlens, int64_t num_sequences, int64_t num_tok
                       bool advantages_per_token, Address importance, TokenAggregation aggregation,
                       std::optional<double> normalizer, bool every_row, Address weights, Address token_advantages,
                       Address active, Address rows) {
-  TokenBatch<Real> batch;
-  batch.num_tokens = num_tokens;
-  batch.num_sequences = num_sequences;
-  batch.cu_seqlens = at<const int64_t>(cu_seqlens);
-  batch.mask = at<const uint8_t>(mask);
-  batch.advantages = at<const Real>(advantages);
-  batch.advantages_per_token = advantages_per_token;
-  batch.importance = at<const Real>(importance);
+  const auto batch = token_batch_at<Real>(cu_seqlens, num_sequences, num_tokens, mask, advantages,
+                                          advantages_per_token, importance);
   const TokenRows<Real> out{at<Real>(weights), at<Real>(token_advantages), at<uint8_t>(active), at<int64_t>(rows)};
   return token_rows(batch, aggregation, normalizer, every_row, out);
 }
@@ -100,11 +93,7 @@ void bind_groups(py::module_& m) {
       [](DType dtype, Address rewards, int64_t num_completions, int64_t num_rewards, Address weights,
          int64_t group_size, Address order, Address offsets, int64_t num_groups, AdvantageScale scale,
          RewardAggregation aggregation, Address out) {
-        Groups groups;
-        groups.group_size = group_size;
-        groups.order = at<const int64_t>(order);
-        groups.offsets = at<const int64_t>(offsets);
-        groups.num_groups = num_groups;
+        const Groups groups = groups_at(group_size, order, offsets, num_groups);
         (dtype == DType::kFloat64 ? advantages_of<double> : advantages_of<float>)(
             rewards, num_completions, num_rewards, weights, groups, scale, aggregation, out);
       },

@@ -42,9 +42,8 @@ void bind_rows(py::module_& m) {
          Address ref_logprobs, Address sampling_logprobs, Address importance, Address entropy_gradient,
          Address grad_scale, float grad_scale_value, Address dx, int64_t dx_stride, DType dtype, Address logprobs,
          Address entropy, Address live, int device, Address stream) {
-        const RowTokens tokens{at<const float>(advantages),        at<const float>(weights),
-                               at<const float>(old_logprobs),      at<const float>(ref_logprobs),
-                               at<const float>(sampling_logprobs), at<const float>(importance)};
+        const RowTokens tokens =
+            row_tokens_at(advantages, weights, old_logprobs, ref_logprobs, sampling_logprobs, importance);
         row_objective_cuda(rows, config, tokens, {at<const float>(entropy_gradient), 0.0f},
                            {at<const float>(grad_scale), grad_scale_value}, {at<void>(dx), dx_stride, dtype},
                            at<float>(logprobs), at<float>(entropy), at<uint8_t>(live), queue_of(device, stream));
@@ -68,11 +67,7 @@ void bind_groups(py::module_& m) {
       [](DType dtype, Address rewards, int64_t num_completions, int64_t num_rewards, Address weights,
          int64_t group_size, Address order, Address offsets, int64_t num_groups, AdvantageScale scale,
          RewardAggregation aggregation, Address out, int device, Address stream) {
-        Groups groups;
-        groups.group_size = group_size;
-        groups.order = at<const int64_t>(order);
-        groups.offsets = at<const int64_t>(offsets);
-        groups.num_groups = num_groups;
+        const Groups groups = groups_at(group_size, order, offsets, num_groups);
         (dtype == DType::kFloat64 ? advantages_of<double> : advantages_of<float>)(
             rewards, num_completions, num_rewards, weights, groups, scale, aggregation, out, queue_of(device, stream));
       },
@@ -84,14 +79,8 @@ void bind_groups(py::module_& m) {
          bool advantages_per_token, Address importance, TokenAggregation aggregation, Address normalizer,
          float normalizer_value, bool every_row, Address weights, Address token_advantages, Address active,
          Address rows, Address num_active, Address counts, int device, Address stream) {
-        TokenBatch<float> batch;
-        batch.num_tokens = num_tokens;
-        batch.num_sequences = num_sequences;
-        batch.cu_seqlens = at<const int64_t>(cu_seqlens);
-        batch.mask = at<const uint8_t>(mask);
-        batch.advantages = at<const float>(advantages);
-        batch.advantages_per_token = advantages_per_token;
-        batch.importance = at<const float>(importance);
+        const auto batch = token_batch_at<float>(cu_seqlens, num_sequences, num_tokens, mask, advantages,
+                                                 advantages_per_token, importance);
         const TokenRows<float> out{at<float>(weights), at<float>(token_advantages), at<uint8_t>(active),
                                    at<int64_t>(rows)};
         token_rows_cuda(batch, aggregation, {at<const float>(normalizer), normalizer_value}, every_row, out,

@@ -21,6 +21,35 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
+inline RowTokens row_tokens_at(Address advantages, Address weights, Address old_logprobs, Address ref_logprobs,
+                               Address sampling_logprobs, Address importance) {
+  return {at<const float>(advantages),   at<const float>(weights),           at<const float>(old_logprobs),
+          at<const float>(ref_logprobs), at<const float>(sampling_logprobs), at<const float>(importance)};
+}
+
+inline Groups groups_at(int64_t group_size, Address order, Address offsets, int64_t num_groups) {
+  Groups groups;
+  groups.group_size = group_size;
+  groups.order = at<const int64_t>(order);
+  groups.offsets = at<const int64_t>(offsets);
+  groups.num_groups = num_groups;
+  return groups;
+}
+
+template <typename Real>
+TokenBatch<Real> token_batch_at(Address cu_seqlens, int64_t num_sequences, int64_t num_tokens, Address mask,
+                                Address advantages, bool advantages_per_token, Address importance) {
+  TokenBatch<Real> batch;
+  batch.num_tokens = num_tokens;
+  batch.num_sequences = num_sequences;
+  batch.cu_seqlens = at<const int64_t>(cu_seqlens);
+  batch.mask = at<const uint8_t>(mask);
+  batch.advantages = at<const Real>(advantages);
+  batch.advantages_per_token = advantages_per_token;
+  batch.importance = at<const Real>(importance);
+  return batch;
+}
+
 inline void bind_types(py::module_& m) {
   py::enum_<DType>(m, "DType", py::module_local())
       .value("float32", DType::kFloat32)

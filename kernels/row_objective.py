@@ -152,7 +152,7 @@ def row_objective_of(
 
     Args:
         tokens: `weights`, `advantages`, and `old_logprobs`, `ref_logprobs`, `sampling_logprobs`, `importance` or None,
-            each `[R]`.
+            each `[R]` float32, contiguous.
         entropy_gradient: `[1]` float32, d loss / d entropy of every row, or None for zero.
         grad_scale: `[1]` float32, multiplies dx, or None for one.
     """
@@ -173,7 +173,7 @@ def row_objective_of(
             KL_TIMES_RATIO=objective.kl_times_ratio,
             CORRECTION=objective.correction,
             IN_PLACE=dx.untyped_storage().data_ptr() == rows.logits.untyped_storage().data_ptr(),
-            **{name: None if t is None else t.float().contiguous() for name, t in tokens.items()},
+            **tokens,
             **rows.arguments(),
         )
     return logprobs, entropy, live.view(torch.bool)

@@ -13,16 +13,16 @@ import torch
 from torch import Tensor
 
 from grpo_fast.advantages import group_advantages
-from grpo_fast.aggregation import token_weights
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.loss import grpo_loss, token_logprobs
 from grpo_fast.objectives import Tokens
 from grpo_fast.ops import backend as table
 from grpo_fast.ops import cuda_backend
-from grpo_fast.ops.backend import RowChunk, RowSlopes, Transform, get_backend, resolve_backend
+from grpo_fast.ops.backend import RowChunk, RowObjective, RowSlopes, Transform, get_backend, resolve_backend
 from grpo_fast.ops.cuda_backend import CudaBackend
 from grpo_fast.packing import Segments
 from tests.cases import OBJECTIVES, assert_close, make_case, rel_rms
+from tests.cuda_groups import check_token_rows
 from tests.test_csrc import CSRC, WARNINGS, compiler, load_module
 from tests.test_csrc import run as shell
 from tests.test_loss import eager, legal_plans, oracle, run
@@ -132,7 +132,7 @@ def test_scaled_rows_from_numbers_on_the_device(native: Any) -> None:
     for name, scale in (("torch", 8.0), ("cuda", 8.0), ("cuda", torch.tensor(8.0))):
         rows = RowChunk(logits.clone(), targets, transform)
         dx, logprobs, entropy, live = get_backend(name).objective_rows(
-            rows, tokens, weights, config, dtype=torch.float32, grad_scale=scale
+            rows, RowObjective(tokens, weights, config, scale), dtype=torch.float32
         )
         results.append((dx, logprobs, entropy))
         assert live.all()
@@ -193,39 +193,7 @@ def test_advantages(scale: str, emulated: Any) -> None:
 
 def test_token_rows(emulated: Any) -> None:
     case = make_case(5, zero_advantages=0.4)
-    num_tokens, num_sequences = case.targets.numel(), case.advantages.numel()
-    weights, spread = torch.empty(num_tokens), torch.empty(num_tokens)
-    active, rows = torch.empty(num_tokens, dtype=torch.bool), torch.empty(num_tokens, dtype=torch.int64)
-    count = torch.empty(1, dtype=torch.int64)
-    counts = torch.empty(2 * num_sequences, dtype=torch.int64)
-    emulated.token_rows(
-        cu_seqlens=case.cu_seqlens.data_ptr(),
-        num_sequences=num_sequences,
-        num_tokens=num_tokens,
-        mask=case.loss_mask.data_ptr(),
-        advantages=case.advantages.data_ptr(),
-        advantages_per_token=False,
-        importance=0,
-        aggregation=emulated.TokenAggregation.sequence_mean,
-        normalizer=0,
-        normalizer_value=float("nan"),
-        every_row=False,
-        weights=weights.data_ptr(),
-        token_advantages=spread.data_ptr(),
-        active=active.data_ptr(),
-        rows=rows.data_ptr(),
-        num_active=count.data_ptr(),
-        counts=counts.data_ptr(),
-        device=CLUSTERS,
-        stream=0,
-    )
-    segments = Segments(case.cu_seqlens, num_tokens)
-    expected = segments.spread(case.advantages) * case.loss_mask
-    wanted = token_weights(LossConfig(loss_type="grpo"), case.loss_mask, segments, None, torch.float32)
-    assert rel_rms(weights, wanted) <= 1e-6
-    assert torch.equal(spread, expected)
-    assert torch.equal(active, expected != 0)
-    assert torch.equal(rows[: int(count)], expected.nonzero()[:, 0])
+    check_token_rows(emulated, case, "grpo", {"device": CLUSTERS, "stream": 0})
 
 
 # -- where it is not --------------------------------------------------------------------------------------------------

@@ -9,20 +9,18 @@ The losses through this backend are in test_gpu.py. With NVIDIA's tools, the sam
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 
 from grpo_fast.advantages import group_advantages
-from grpo_fast.aggregation import token_weights
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.objectives import Tokens
 from grpo_fast.ops import cuda_backend
-from grpo_fast.ops.backend import RowChunk, RowSlopes, Transform, get_backend
+from grpo_fast.ops.backend import RowChunk, RowObjective, RowSlopes, Transform, get_backend
 from grpo_fast.packing import Segments
 from tests.cases import make_case, rel_rms
+from tests.cuda_groups import check_token_rows
 
 DEVICE = torch.device("cuda")
 
@@ -87,13 +85,11 @@ def check_fused(logits: Tensor, targets: Tensor, dtype: torch.dtype, statistics:
     tokens = Tokens(torch.linspace(-1, 1, ROWS, device=DEVICE), mask, segments, mask.sum())
     config, weights = LossConfig(loss_type="reinforce", entropy_coef=0.1), torch.full((ROWS,), 0.5, device=DEVICE)
     out = torch.full_like(logits, torch.nan, dtype=dtype)
-    options: dict[str, Any] = {"dtype": dtype, "grad_scale": 2.0}
+    objective = RowObjective(tokens, weights, config, 2.0)
     rows = RowChunk(logits, targets, PLAIN)
     before = logits.clone()
-    results = []
-    for place in (out, out.clone(), None):
-        kwargs = options | ({} if place is None else {"out": place})
-        results.append(cuda.objective_rows(rows, tokens, weights, config, **kwargs))
+    places = (out, out.clone(), None)
+    results = [cuda.objective_rows(rows, objective, dtype=dtype, out=place) for place in places]
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], result, strict=True))
     dx, logprobs, entropy, live = results[0]
@@ -221,39 +217,5 @@ def test_groups(scale: str) -> None:
 
 @pytest.mark.parametrize("loss_type", ["grpo", "luspo", "dapo"])
 def test_groups_of_tokens(loss_type: str) -> None:
-    native = cuda_backend.native()
     case = make_case(5, lengths=(700, 0, 1, 5000, 33, 256), zero_advantages=0.4, device=DEVICE)
-    num_tokens, num_sequences = case.targets.numel(), case.advantages.numel()
-    weights, spread = (torch.full((num_tokens,), torch.nan, device=DEVICE) for _ in range(2))
-    active = torch.empty(num_tokens, dtype=torch.bool, device=DEVICE)
-    sizes = (num_tokens, 1, 2 * num_sequences)
-    rows, count, counts = (torch.empty(n, dtype=torch.int64, device=DEVICE) for n in sizes)
-    names = {"grpo": "sequence_mean", "luspo": "sequence_sum", "dapo": "token_mean"}
-    assert case.cu_seqlens is not None
-    native.token_rows(
-        cu_seqlens=case.cu_seqlens.data_ptr(),
-        num_sequences=num_sequences,
-        num_tokens=num_tokens,
-        mask=case.loss_mask.data_ptr(),
-        advantages=case.advantages.data_ptr(),
-        advantages_per_token=False,
-        importance=0,
-        aggregation=getattr(native.TokenAggregation, names[loss_type]),
-        normalizer=0,
-        normalizer_value=float("nan"),
-        every_row=False,
-        weights=weights.data_ptr(),
-        token_advantages=spread.data_ptr(),
-        active=active.data_ptr(),
-        rows=rows.data_ptr(),
-        num_active=count.data_ptr(),
-        counts=counts.data_ptr(),
-        **cuda_backend._queue(weights),
-    )
-    segments = Segments(case.cu_seqlens, num_tokens)
-    expected = segments.spread(case.advantages) * case.loss_mask
-    config = LossConfig(loss_type=loss_type)
-    assert rel_rms(weights, token_weights(config, case.loss_mask, segments, None, torch.float32)) <= 1e-6
-    assert torch.equal(spread, expected)
-    assert torch.equal(active, expected != 0)
-    assert torch.equal(rows[: int(count)], expected.nonzero()[:, 0])
+    check_token_rows(cuda_backend.native(), case, loss_type, cuda_backend._queue(case.advantages))

@@ -81,6 +81,21 @@ class RowSlopes:
     e: Tensor | None
 
 
+@dataclass(frozen=True)
+class RowObjective:
+    """The loss of rows, and what it reads of them besides their logits.
+
+    Attributes:
+        tokens: of the rows. weights: `[R]`, of their terms in the loss. config: which loss.
+        grad_scale: multiplies dx (float16 operands would lose small gradients otherwise).
+    """
+
+    tokens: Tokens
+    weights: Tensor
+    config: LossConfig
+    grad_scale: float | Tensor
+
+
 class Backend(ABC):
     """GEMMs and row functions on a chunk of logits. All methods are deterministic and read no host value back.
 
@@ -147,32 +162,23 @@ class Backend(ABC):
         """
 
     def objective_rows(
-        self,
-        rows: RowChunk,
-        tokens: Tokens,
-        weights: Tensor,
-        config: LossConfig,
-        *,
-        dtype: torch.dtype,
-        grad_scale: float | Tensor,
-        out: Tensor | None = None,
+        self, rows: RowChunk, objective: RowObjective, *, dtype: torch.dtype, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The whole row pass: statistics, the objective's derivative, dx.
 
         A backend whose kernel does the three in one sweep overrides it for token-local objectives.
 
         Args:
-            tokens, weights: of the rows.
             dtype, out: as in `gradient`.
-            grad_scale: multiplies dx (float16 operands would lose small gradients otherwise).
 
         Returns:
             (dx `[R, V]`, logprobs `[R]`, entropy `[R]`, live `[R]` bool: rows whose dx is not zero).
         """
         logprobs, entropy, lse = self.statistics(rows)
-        g, e = objective_derivative(logprobs, entropy, tokens, weights, config)
+        g, e = objective_derivative(logprobs, entropy, objective.tokens, objective.weights, objective.config)
         live = g != 0 if e is None else (g != 0) | (e != 0)
-        slopes = RowSlopes(lse, entropy, g * grad_scale, None if e is None else e * grad_scale)
+        scale = objective.grad_scale
+        slopes = RowSlopes(lse, entropy, g * scale, None if e is None else e * scale)
         return self.gradient(rows, slopes, dtype=dtype, out=out), logprobs, entropy, live
 
     def fused_forward(

@@ -13,25 +13,25 @@ Tensors go over as addresses: `_C` does not link torch.
 from __future__ import annotations
 
 from functools import cache, partial
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grpo_fast.config import LossConfig
-from grpo_fast.objectives import Tokens
-from grpo_fast.ops.backend import RowChunk, RowSlopes
+from grpo_fast.ops.backend import RowChunk, RowObjective, RowSlopes
 from grpo_fast.ops.fused_backend import FusedBackend, correction_of, token_tensors
-from grpo_fast.ops.native_backend import NativeRows, native_dtype, objective_config, slope_tensors
+from grpo_fast.ops.native_backend import (
+    NativeRows,
+    load_module,
+    native_dtype,
+    not_built,
+    objective_config,
+    slope_tensors,
+)
 from grpo_fast.ops.native_backend import address as _address
 
-_C: Any = None
-_missing = ""
-try:  # after torch: the two share one OpenMP runtime, and gemm_cpu.cpp looks into torch's library
-    _C = import_module("grpo_fast._C")
-except ImportError as error:
-    _missing = str(error)
+# After torch: the two share one OpenMP runtime, and gemm_cpu.cpp looks into torch's library.
+_C, _missing = load_module("grpo_fast._C")
 _Rows = partial(NativeRows, _C)
 
 TILE_ROWS = 64
@@ -54,10 +54,7 @@ class CpuBackend(FusedBackend):
         if device.type != "cpu":
             return "its functions run on the CPU; use triton, cuda or torch"
         if _C is None:
-            return (
-                f"grpo_fast._C is not built ({_missing}); install grpo-fast again where there is a C++17 compiler "
-                "(GRPO_FAST_CPU=1 pip install . shows why it fails)"
-            )
+            return not_built("grpo_fast._C", _missing, "a C++17 compiler", "GRPO_FAST_CPU")
         return None
 
     def gemm_scratch_bytes(self, dtype: torch.dtype, device: torch.device) -> int:
@@ -163,26 +160,18 @@ class CpuBackend(FusedBackend):
         return _dx(rows.logits, dtype, out)
 
     def fused_objective(
-        self,
-        rows: RowChunk,
-        tokens: Tokens,
-        weights: Tensor,
-        config: LossConfig,
-        *,
-        dtype: torch.dtype,
-        grad_scale: float | Tensor,
-        out: Tensor | None,
+        self, rows: RowChunk, objective: RowObjective, *, dtype: torch.dtype, out: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        logits = rows.logits
+        logits, config = rows.logits, objective.config
         logprobs, entropy = (logits.new_empty(logits.shape[0]) for _ in range(2))
         live = logits.new_empty(logits.shape[0], dtype=torch.bool)
-        native_rows, given = _Rows(rows), token_tensors(tokens, weights)
+        native_rows, given = _Rows(rows), token_tensors(objective)
         _C.row_objective(
             native_rows.native,
-            objective_config(_C, config, correction_of(config, tokens)),
+            objective_config(_C, config, correction_of(objective)),
             **{name: _address(t) for name, t in given.items()},
-            entropy_gradient=-config.entropy_coef / max(float(tokens.num_active), 1.0),
-            grad_scale=float(grad_scale),
+            entropy_gradient=-config.entropy_coef / max(float(objective.tokens.num_active), 1.0),
+            grad_scale=float(objective.grad_scale),
             dtype=_dtype(_dx_dtype(dtype)),
             logprobs=logprobs.data_ptr(),
             entropy=entropy.data_ptr(),

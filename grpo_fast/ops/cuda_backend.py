@@ -11,24 +11,24 @@ captured in a CUDA graph. float64, which only tests use, has torch's row functio
 
 from __future__ import annotations
 
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grpo_fast.config import LossConfig
-from grpo_fast.objectives import Tokens
-from grpo_fast.ops.backend import RowChunk, RowSlopes
+from grpo_fast.ops.backend import RowChunk, RowObjective, RowSlopes
 from grpo_fast.ops.fused_backend import GpuBackend, correction_of, entropy_slope, old_gpu, token_tensors
-from grpo_fast.ops.native_backend import NativeRows, address, native_dtype, objective_config, slope_tensors
+from grpo_fast.ops.native_backend import (
+    NativeRows,
+    address,
+    load_module,
+    native_dtype,
+    not_built,
+    objective_config,
+    slope_tensors,
+)
 
-_cuda: Any = None
-_missing = ""
-try:
-    _cuda = import_module("grpo_fast._cuda")
-except ImportError as error:
-    _missing = str(error)
+_cuda, _missing = load_module("grpo_fast._cuda")
 
 
 def native() -> Any:
@@ -45,10 +45,7 @@ class CudaBackend(GpuBackend):
         if device.type != "cuda":
             return "its kernels run on NVIDIA GPUs; use cpu or torch"
         if _cuda is None:
-            return (
-                f"grpo_fast._cuda is not built ({_missing}); install grpo-fast again where there is NVIDIA's nvcc "
-                "(GRPO_FAST_CUDA=1 pip install . shows why it fails)"
-            )
+            return not_built("grpo_fast._cuda", _missing, "NVIDIA's nvcc", "GRPO_FAST_CUDA")
         if not torch.cuda.is_available():
             return "torch sees no CUDA device: it is built without CUDA, or there is no driver or GPU"
         return old_gpu(device)
@@ -78,28 +75,19 @@ class CudaBackend(GpuBackend):
         return dx
 
     def fused_objective(
-        self,
-        rows: RowChunk,
-        tokens: Tokens,
-        weights: Tensor,
-        config: LossConfig,
-        *,
-        dtype: torch.dtype,
-        grad_scale: float | Tensor,
-        out: Tensor | None,
+        self, rows: RowChunk, objective: RowObjective, *, dtype: torch.dtype, out: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         logits, native_rows = rows.logits, NativeRows(_cuda, rows)
         dx = _over(logits, dtype) if out is None else out
         logprobs, entropy = (logits.new_empty(logits.shape[0]) for _ in range(2))
         live = logits.new_empty(logits.shape[0], dtype=torch.bool)
-        scale = grad_scale.float().reshape(1) if isinstance(grad_scale, Tensor) else None
-        kept = token_tensors(tokens, weights)
-        kept |= {"entropy_gradient": entropy_slope(tokens, config), "grad_scale": scale}
+        scale = objective.grad_scale.float().reshape(1) if isinstance(objective.grad_scale, Tensor) else None
+        kept = token_tensors(objective) | {"entropy_gradient": entropy_slope(objective), "grad_scale": scale}
         _cuda.row_objective(
             native_rows.native,
-            objective_config(_cuda, config, correction_of(config, tokens)),
+            objective_config(_cuda, objective.config, correction_of(objective)),
             **{name: address(t) for name, t in kept.items()},
-            grad_scale_value=1.0 if isinstance(grad_scale, Tensor) else float(grad_scale),
+            grad_scale_value=1.0 if scale is not None else float(objective.grad_scale),
             **_dx(dx),
             logprobs=logprobs.data_ptr(),
             entropy=entropy.data_ptr(),

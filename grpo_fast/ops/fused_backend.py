@@ -11,9 +11,8 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from grpo_fast.config import LossConfig
-from grpo_fast.objectives import Tokens, couples_tokens
-from grpo_fast.ops.backend import RowChunk, RowSlopes
+from grpo_fast.objectives import couples_tokens
+from grpo_fast.ops.backend import RowChunk, RowObjective, RowSlopes
 from grpo_fast.ops.torch_backend import TorchBackend
 
 POLICY_TERMS = {
@@ -57,19 +56,11 @@ class FusedBackend(TorchBackend):
         return self.fused_gradient(rows, slopes, dtype=dtype, out=out)
 
     def objective_rows(
-        self,
-        rows: RowChunk,
-        tokens: Tokens,
-        weights: Tensor,
-        config: LossConfig,
-        *,
-        dtype: torch.dtype,
-        grad_scale: float | Tensor,
-        out: Tensor | None = None,
+        self, rows: RowChunk, objective: RowObjective, *, dtype: torch.dtype, out: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        coupled = couples_tokens(config, has_old=tokens.old_logprobs is not None)
+        coupled = couples_tokens(objective.config, has_old=objective.tokens.old_logprobs is not None)
         run = self.fused_objective if _is_float32(rows) and not coupled else super().objective_rows
-        return run(rows, tokens, weights, config, dtype=dtype, grad_scale=grad_scale, out=out)
+        return run(rows, objective, dtype=dtype, out=out)
 
     @abstractmethod
     def fused_statistics(self, rows: RowChunk) -> tuple[Tensor, Tensor, Tensor]:
@@ -81,15 +72,7 @@ class FusedBackend(TorchBackend):
 
     @abstractmethod
     def fused_objective(
-        self,
-        rows: RowChunk,
-        tokens: Tokens,
-        weights: Tensor,
-        config: LossConfig,
-        *,
-        dtype: torch.dtype,
-        grad_scale: float | Tensor,
-        out: Tensor | None,
+        self, rows: RowChunk, objective: RowObjective, *, dtype: torch.dtype, out: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """`objective_rows` of float32 products and a token-local objective."""
 
@@ -114,8 +97,9 @@ def old_gpu(device: torch.device) -> str | None:
     return f"needs compute capability 8.0 or higher; this device has {capability[0]}.{capability[1]}"
 
 
-def correction_of(config: LossConfig, tokens: Tokens) -> str:
+def correction_of(objective: RowObjective) -> str:
     """The train/inference correction that row functions apply: "none", "weight" (known beforehand) or token_*."""
+    config, tokens = objective.config, objective.tokens
     if tokens.importance is not None:
         return "weight"
     if config.importance_sampling_mode is None or tokens.sampling_logprobs is None:
@@ -123,17 +107,18 @@ def correction_of(config: LossConfig, tokens: Tokens) -> str:
     return config.importance_sampling_mode
 
 
-def token_tensors(tokens: Tokens, weights: Tensor) -> dict[str, Tensor | None]:
+def token_tensors(objective: RowObjective) -> dict[str, Tensor | None]:
     """What row functions read of tokens, by name: `[R]` float32, contiguous, or None."""
-    given = {"advantages": tokens.advantages, "weights": weights} | tokens.optional(lambda values: values)
+    tokens = objective.tokens
+    given = {"advantages": tokens.advantages, "weights": objective.weights} | tokens.optional(lambda values: values)
     return {name: None if t is None else t.float().contiguous() for name, t in given.items()}
 
 
-def entropy_slope(tokens: Tokens, config: LossConfig) -> Tensor | None:
+def entropy_slope(objective: RowObjective) -> Tensor | None:
     """d loss / d entropy of every row, `[1]` float32 on the device (its count need not be known here); None if zero."""
-    if config.entropy_coef == 0:
+    if objective.config.entropy_coef == 0:
         return None
-    return -config.entropy_coef / tokens.num_active.float().clamp(min=1).reshape(1)
+    return -objective.config.entropy_coef / objective.tokens.num_active.float().clamp(min=1).reshape(1)
 
 
 def _is_float32(rows: RowChunk) -> bool:

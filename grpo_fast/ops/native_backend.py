@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -15,6 +16,22 @@ from torch import Tensor
 from grpo_fast.config import LossConfig
 from grpo_fast.ops.backend import RowChunk, RowSlopes
 from grpo_fast.ops.fused_backend import POLICY_TERMS
+
+
+def load_module(name: str) -> tuple[Any, str]:
+    """(the extension module, "") or, where it is not built, (None, why not)."""
+    try:
+        return import_module(name), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+def not_built(name: str, missing: str, needs: str, variable: str) -> str:
+    """What to say of a module that did not load."""
+    return (
+        f"{name} is not built ({missing}); install grpo-fast again where there is {needs} "
+        f"({variable}=1 pip install . shows why it fails)"
+    )
 
 
 def address(tensor: Tensor | None) -> int:

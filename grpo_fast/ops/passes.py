@@ -24,7 +24,7 @@ from torch import Tensor
 
 from grpo_fast.config import LossConfig
 from grpo_fast.objectives import Tokens
-from grpo_fast.ops.backend import RowSlopes
+from grpo_fast.ops.backend import RowObjective, RowSlopes
 from grpo_fast.ops.gradients import Gradients, GradientSink, Wanted
 from grpo_fast.ops.workspace import HeadCall, Piece, Workspace, boundaries
 from grpo_fast.packing import Segments
@@ -100,13 +100,11 @@ def objective_pass(
     scale = call.grad_scale()
 
     def rows(piece: Piece) -> tuple[Tensor, Tensor]:
+        chunk = take_tokens(tokens, piece.index, piece.start, piece.stop, row_counts)
         dx, logprobs[piece.index], entropy[piece.index], live = call.backend.objective_rows(
             piece.rows,
-            take_tokens(tokens, piece.index, piece.start, piece.stop, row_counts),
-            weights[piece.index],
-            config,
+            RowObjective(chunk, weights[piece.index], config, scale),
             dtype=call.hidden.dtype,
-            grad_scale=scale,
             out=piece.out,
         )
         return dx, live

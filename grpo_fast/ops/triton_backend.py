@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.config import LossConfig
-from grpo_fast.objectives import Tokens
-from grpo_fast.ops.backend import RowChunk, RowSlopes, Transform
+from grpo_fast.ops.backend import RowChunk, RowObjective, RowSlopes, Transform
 from grpo_fast.ops.fused_backend import (
     POLICY_TERMS,
     GpuBackend,
@@ -88,31 +87,23 @@ class TritonBackend(GpuBackend):
         )
 
     def fused_objective(
-        self,
-        rows: RowChunk,
-        tokens: Tokens,
-        weights: Tensor,
-        config: LossConfig,
-        *,
-        dtype: torch.dtype,
-        grad_scale: float | Tensor,
-        out: Tensor | None,
+        self, rows: RowChunk, objective: RowObjective, *, dtype: torch.dtype, out: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         from grpo_fast.kernels.row_objective import row_objective_of
 
         chunk, device = _rows(rows), rows.logits.device
         dx = chunk.dx(dtype) if out is None else out
         scale = None
-        if isinstance(grad_scale, Tensor):
-            scale = grad_scale.float().reshape(1)
-        elif grad_scale != 1:
-            scale = torch.full((1,), grad_scale, device=device)  # a fill: a copy would wait for the device
+        if isinstance(objective.grad_scale, Tensor):
+            scale = objective.grad_scale.float().reshape(1)
+        elif objective.grad_scale != 1:
+            scale = torch.full((1,), objective.grad_scale, device=device)  # a fill: a copy would wait for the device
         logprobs, entropy, live = row_objective_of(
             chunk,
-            _objective(config, correction_of(config, tokens), device),
-            token_tensors(tokens, weights),
+            _objective(objective.config, correction_of(objective), device),
+            token_tensors(objective),
             dx,
-            entropy_gradient=entropy_slope(tokens, config),
+            entropy_gradient=entropy_slope(objective),
             grad_scale=scale,
         )
         return dx, logprobs, entropy, live
