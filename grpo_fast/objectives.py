@@ -122,6 +122,15 @@ def couples_tokens(config: LossConfig, *, has_old: bool) -> bool:
     )
 
 
+def reads_sampling(config: LossConfig) -> bool:
+    """Whether the loss looks at `sampling_logprobs`; it runs without them unless a correction asks for them."""
+    return (
+        config.importance_sampling_mode is not None
+        or config.off_policy_mask_threshold is not None
+        or config.loss_type == "dppo"
+    )
+
+
 def needs_every_row(config: LossConfig) -> bool:
     """Whether a token with zero advantage can still have a gradient, or its statistics are needed by others."""
     return (

@@ -15,6 +15,7 @@ from torch import Tensor
 from grpo_fast.aggregation import TOKEN_MEAN
 from grpo_fast.config import LossConfig
 from grpo_fast.loss import policy_loss
+from grpo_fast.objectives import reads_sampling
 
 
 class GRPOFastLoss:
@@ -60,15 +61,13 @@ class GRPOFastLoss:
         """
         config = self.config
         mask = (data["token_mask"][:, 1:] * data["sample_mask"].unsqueeze(-1)) != 0
-        wants_sampling = config.importance_sampling_mode is not None or config.off_policy_mask_threshold is not None
-        wants_sampling |= config.loss_type == "dppo"
         out = policy_loss(
             next_token_logprobs,
             data["advantages"][:, 1:],
             loss_mask=mask,
             old_logprobs=data["prev_logprobs"][:, 1:],
             ref_logprobs=data["reference_policy_logprobs"][:, 1:] if config.beta != 0 else None,
-            sampling_logprobs=data["generation_logprobs"][:, 1:] if wants_sampling else None,
+            sampling_logprobs=data["generation_logprobs"][:, 1:] if reads_sampling(config) else None,
             config=config,
             normalizer=global_valid_toks if self.token_level else global_valid_seqs,
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 from grpo_fast.aggregation import SEQUENCE_MEAN, SEQUENCE_SUM
 from grpo_fast.config import LossConfig
 from grpo_fast.integrations.lm_head import Objective
+from grpo_fast.objectives import reads_sampling
 
 _SAME_NAME = (
     "delta",
@@ -81,14 +82,13 @@ def objective_of(trainer: Any, inputs: dict[str, Any], *, temperature: float) ->
     if advantages.dim() == 2:
         advantages = advantages.expand(mask.shape)
     old, ref, sampling = (inputs.get(name) for name in _LOGPROBS)
-    wants_sampling = config.importance_sampling_mode is not None or config.off_policy_mask_threshold is not None
     return Objective(
         advantages,
         mask,
         config=config,
         old_logprobs=old,
         ref_logprobs=ref if config.beta != 0 else None,
-        sampling_logprobs=sampling if wants_sampling else None,
+        sampling_logprobs=sampling if reads_sampling(config) else None,
         normalizer=_normalizer(trainer, inputs, mask, steps),
     )
 
