@@ -18,8 +18,9 @@ Triton kernels run under the interpreter (TRITON_INTERPRET=1).
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from grpo_fast.ops import devices, planner
 from tests.allocations import OPERATORS
+from tests.cases import INTERPRETED
 
 GIB = 2**30
 HALVES = (torch.bfloat16, torch.float16)
@@ -114,7 +116,7 @@ class Memory:
 
 _WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
 _NOTHING = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
-WRITTEN = {"dx", "logprobs", "entropy", "lse", "live", "weights", "token_advantages", "active_rows", "rows", "num_active"}
+WRITTEN = {"dx", "logprobs", "entropy", "lse", "live", "token_advantages", "active_rows", "rows", "num_active", "tensor"}
 """Arguments of Triton kernels that some kernel writes."""
 
 
@@ -282,18 +284,22 @@ def stand_in(*, row_stream: bool = False, tile_rows: int | None = None, memory: 
 
 def _hear_launches(patch: pytest.MonkeyPatch, device: StandIn) -> None:
     """Triton's interpreter works on memory, below the dispatcher: tell the device of every launch."""
-    try:
-        from grpo_fast.kernels import launcher
-    except ImportError:
+    if not INTERPRETED:
         return
+    from grpo_fast.kernels import launcher
+    from grpo_fast.kernels import row_gradient, row_objective, row_statistics  # noqa: F401  (they import it by name)
+    from grpo_fast.kernels import forward_logprobs, group_advantages, group_rows, scale  # noqa: F401
+
     launch = launcher.launch
 
-    def heard(kernel: Any, grid: Any, arguments: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        device.launched(kernel.__name__, dict(arguments))
+    def heard(kernel: Any, grid: Any, arguments: Mapping[str, Any], device_of: torch.device) -> None:
+        device.launched(kernel.fn.__name__, dict(arguments))
         with _disable_current_modes():
-            return launch(kernel, grid, arguments, *args, **kwargs)
+            launch(kernel, grid, arguments, device_of)
 
-    patch.setattr(launcher, "launch", heard)
+    for name, module in sys.modules.items():
+        if name.startswith("grpo_fast.kernels.") and getattr(module, "launch", None) is launch:
+            patch.setattr(module, "launch", heard)
 
 
 @pytest.fixture
