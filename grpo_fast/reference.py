@@ -276,10 +276,10 @@ def _by_sign(condition: Tensor, positive: float, negative: float, *, like: Tenso
 def _vespo_phi(s: SimpleNamespace, config: Any) -> Tensor:
     """exp(lambda + k log W - lambda W), W the sequence's ratio to the policy that sampled."""
     floor = math.log(1e-8)
-    log_w = s.r.clamp(-20, 20).sum() + s.importance.log().clamp(floor, 20).sum()
-    log_w = log_w.clamp(floor, 20)
+    log_w = _limit(s.r, -20, 20).sum() + _limit(s.importance.log(), floor, 20).sum()
+    log_w = _limit(log_w, floor, 20)
     k = _by_sign(s.A >= 0, config.vespo_k_pos, config.vespo_k_neg, like=s.p)
-    rate = _by_sign(s.A >= 0, config.vespo_lambda_pos, config.vespo_lambda_neg, like=s.p).clamp(min=1e-4)
+    rate = _limit(_by_sign(s.A >= 0, config.vespo_lambda_pos, config.vespo_lambda_neg, like=s.p), low=1e-4)
     return torch.exp(rate + k * log_w - rate * log_w.exp())
 
 
