@@ -108,9 +108,9 @@ class _Context:
 def clamp(values: Tensor, low: float | Tensor | None = None, high: float | Tensor | None = None) -> Tensor:
     """`values` limited to [low, high]; a value inside or on a bound passes its gradient whole, one outside none.
 
-    torch's own clamp did that up to 2.13, gives a value on a bound nothing in 2.14, and half of it to a tensor bound. An
-    on-policy ratio is exactly 1, so epsilon = 0 and delta = 1 are met by every token of a first step: the rule is ours, as
-    in `csrc/objective.h` and `kernels/objective.py`.
+    torch's own clamp did that up to 2.13; in 2.14 a value on a bound gets nothing, on a tensor's bound half. On-policy
+    ratios are exactly 1, so epsilon = 0 and delta = 1 are met by every token of a first step: the rule is our own, the
+    one of `csrc/objective.h` and `kernels/objective.py`.
 
     Args:
         values: any shape; NaN stays NaN.

@@ -264,7 +264,7 @@ def _policy(s: SimpleNamespace, config: Any) -> Tensor:
 
 
 def _limit(x: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
-    """`x` within [low, high]; its gradient is 1 up to and on the bounds, 0 beyond (torch's clamp differs by version)."""
+    """`x` within [low, high]; its gradient is 1 up to and on the bounds, 0 beyond (torch's clamp: by version)."""
     return torch.where((x < low) | (x > high), x.detach().clamp(low, high), x)
 
 

@@ -1,7 +1,7 @@
 """A bound that is met exactly: the same gradients from every backend and the oracle, on every version of torch.
 
-An on-policy ratio is exactly 1, so epsilon = 0 and delta = 1 are such bounds. torch changed its clamp's gradient there in
-2.14; ours is its older rule: a value on a bound passes its gradient.
+An on-policy ratio is exactly 1, so epsilon = 0 and delta = 1 are such bounds. torch changed its clamp's gradient there
+in 2.14; ours is its older rule: a value on a bound passes its gradient.
 """
 
 from __future__ import annotations
