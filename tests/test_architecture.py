@@ -96,7 +96,7 @@ def room(module: str) -> str:
 
 
 # Rooms that both the loss and the ops below it speak: what the options, rows and objectives are.
-SHARED = ("config", "packing", "objectives", "aggregation", "metrics")
+SHARED = ("config", "packing", "objectives", "aggregation", "metrics", "install")
 
 # room -> rooms it may import from, besides itself. `root` is the empty package, `reference` is the tests' and doctor's.
 ARROWS = {
