@@ -139,7 +139,28 @@ class _Context:
     @property
     def capped_ratio(self) -> Tensor:
         """min(w, delta)."""
-        return self.ratio if self.config.delta is None else self.ratio.clamp(max=self.config.delta)
+        return clamp(self.ratio, high=self.config.delta)
+
+
+# -- clamps ---------------------------------------------------------------------------------------------------------
+
+
+def clamp(values: Tensor, low: float | Tensor | None = None, high: float | Tensor | None = None) -> Tensor:
+    """`values` limited to [low, high]; a value inside or on a bound passes its gradient whole, one outside none.
+
+    torch's own clamp did that up to 2.13; in 2.14 a value on a bound gets nothing, on a tensor's bound half. On-policy
+    ratios are exactly 1, so epsilon = 0 and delta = 1 are met by every token of a first step: the rule is our own, the
+    one of `csrc/objective.h` and `kernels/objective.py`.
+
+    Args:
+        values: any shape; NaN stays NaN.
+        low, high: None (no bound), a number, or a 0-dim tensor that needs no gradient.
+    """
+    if low is not None:
+        values = torch.where(values < low, low, values)
+    if high is not None:
+        values = torch.where(values > high, high, values)
+    return values
 
 
 # -- which rows an objective couples --------------------------------------------------------------------------------
@@ -213,7 +234,7 @@ def bounded_importance(weight: Tensor, mode: str, config: LossConfig) -> Tensor:
     """`*_truncate`: clamp to [clip_min, clip_max]; `*_mask`: zero outside."""
     low, high = config.importance_sampling_clip_min, config.importance_sampling_clip_max
     if mode.endswith("truncate"):
-        return weight if low is None and high is None else weight.clamp(min=low, max=high)
+        return clamp(weight, low, high)
     outside = (weight < (-math.inf if low is None else low)) | (weight > (math.inf if high is None else high))
     return weight.masked_fill(outside, 0.0)
 
@@ -275,13 +296,13 @@ def kl_divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Ten
 
 def clipped_term(c: _Context) -> Tensor:
     """-min(min(w, delta) A, clip(w, 1 - eps_low, 1 + eps_high) A)   (PPO; Schulman et al., 2017)."""
-    clipped = c.ratio.clamp(1 - c.config.epsilon, 1 + c.config.upper_epsilon)
+    clipped = clamp(c.ratio, 1 - c.config.epsilon, 1 + c.config.upper_epsilon)
     return -torch.min(c.capped_ratio * c.advantages, clipped * c.advantages)
 
 
 def cispo_term(c: _Context) -> Tensor:
     """-sg(min(w, eps_high)) A p   (MiniMax-M1, 2025)."""
-    return -c.ratio.clamp(max=c.config.upper_epsilon).detach() * c.advantages * c.logprobs
+    return -clamp(c.ratio, high=c.config.upper_epsilon).detach() * c.advantages * c.logprobs
 
 
 def sapo_term(c: _Context) -> Tensor:
@@ -293,14 +314,14 @@ def sapo_term(c: _Context) -> Tensor:
 def vespo_phi(c: _Context) -> Tensor:
     """phi = sg exp(lambda + k log W - lambda W), W the product of the sequence's ratios, clamped   (VESPO, 2026)."""
     with torch.no_grad():
-        terms = c.log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        terms = clamp(c.log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         if c.importance is not None:
-            terms = terms + c.importance.log().clamp(LOG_RATIO_FLOOR, LOG_RATIO_LIMIT)
+            terms = terms + clamp(c.importance.log(), LOG_RATIO_FLOOR, LOG_RATIO_LIMIT)
         total = c.tokens.segments.sum(torch.where(c.tokens.mask, terms, 0.0))
-        log_w = c.tokens.segments.spread(total).clamp(LOG_RATIO_FLOOR, LOG_RATIO_LIMIT)
+        log_w = clamp(c.tokens.segments.spread(total), LOG_RATIO_FLOOR, LOG_RATIO_LIMIT)
         positive = c.advantages >= 0
         k = _choose(positive, c.config.vespo_k_pos, c.config.vespo_k_neg, log_w)
-        rate = _choose(positive, c.config.vespo_lambda_pos, c.config.vespo_lambda_neg, log_w).clamp(min=1e-4)
+        rate = clamp(_choose(positive, c.config.vespo_lambda_pos, c.config.vespo_lambda_neg, log_w), low=1e-4)
         phi = (rate + k * log_w - rate * log_w.exp()).exp()
         return phi.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
@@ -315,8 +336,8 @@ def gmpo_term(c: _Context) -> Tensor:
 
     The geometric mean of the ratios belongs to the sequence; each token carries it with weight 1 / L_s.
     """
-    upper = c.log_ratio.clamp(max=math.log1p(c.config.upper_epsilon))
-    lower = c.log_ratio.clamp(min=math.log1p(-c.config.epsilon) if c.config.epsilon < 1 else -math.inf)
+    upper = clamp(c.log_ratio, high=math.log1p(c.config.upper_epsilon))
+    lower = clamp(c.log_ratio, low=math.log1p(-c.config.epsilon) if c.config.epsilon < 1 else None)
     segments, mask = c.tokens.segments, c.tokens.mask
     sequence_advantage = segments.spread(segments.mean(c.advantages, mask))
     clipped = torch.where(sequence_advantage > 0, upper, torch.where(sequence_advantage < 0, lower, c.log_ratio))

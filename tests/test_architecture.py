@@ -96,7 +96,7 @@ def room(module: str) -> str:
 
 
 # Rooms that both the loss and the ops below it speak: what the options, rows and objectives are.
-SHARED = ("config", "packing", "objectives", "aggregation")
+SHARED = ("config", "packing", "objectives", "aggregation", "install")
 BACKENDS_OWN = ("backend", "devices", "float32_products")
 
 # room -> rooms it may import from, besides itself. `root` brings the loss when a name is asked for; `reference` is the

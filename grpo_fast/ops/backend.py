@@ -300,7 +300,8 @@ def kernels_run_on(device: torch.device) -> bool:
 
 @torch.compiler.assume_constant_result  # looked up while tracing, not traced
 def resolve_backend(name: str, device: torch.device) -> str:
-    """The name of the backend to use on `device`; "auto" takes the first available and logs which, once.
+    """The name of the backend to use on `device`; "auto" takes the first available and logs, once, which
+    and why not those before it.
 
     Raises:
         ValueError: unknown name, or a backend asked for by name that does not run here (with the reason).
@@ -313,8 +314,13 @@ def resolve_backend(name: str, device: torch.device) -> str:
             raise ValueError(f"backend: {name!r} is not available on {device}: {reason}")
         return name
     candidates = _AUTO.get(device.type, ("torch",))
-    chosen = next(n for n in candidates if get_backend(n).why_unavailable(device) is None)
+    passed_over = ""
+    for chosen in candidates:
+        reason = get_backend(chosen).why_unavailable(device)
+        if reason is None:
+            break
+        passed_over += f"; not {chosen!r}: {reason}"
     if (chosen, device.type) not in _announced:
         _announced.add((chosen, device.type))
-        logger.info("backend auto: using %r on %s", chosen, device.type)
+        logger.info("backend auto: using %r on %s%s", chosen, device.type, passed_over)
     return chosen

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.config import LossConfig
+from grpo_fast.install import install_command
 from grpo_fast.ops.backend import RowChunk, RowSlopes
 from grpo_fast.ops.fused_backend import ObjectiveNumbers, objective_numbers
 
@@ -30,7 +31,7 @@ def not_built(name: str, missing: str, needs: str, variable: str) -> str:
     """What to say of a module that did not load."""
     return (
         f"{name} is not built ({missing}); install grpo-fast again where there is {needs} "
-        f"({variable}=1 pip install . shows why it fails)"
+        f"({variable}=1 {install_command()} shows why it fails)"
     )
 
 
