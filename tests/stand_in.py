@@ -10,8 +10,8 @@ While it is there
   makes (aten/src/ATen/native/cuda/Blas.cpp, read), summed in float64 and rounded to float32 once.
 - float32 products are rounded to TF32 where torch.backends.cuda.matmul allows it.
 - Streams are a model. What every operator and Triton launch reads and writes is written down with the stream that it
-  was given to, by byte ranges of storages; two accesses, one of them a write, that no event orders raise `Unordered`, as
-  does memory that goes back to the allocator of one stream while another may still use it.
+  was given to, by byte ranges of storages; two accesses, one of them a write, that no event orders raise `Unordered`,
+  as does memory that goes back to the allocator of one stream while another may still use it.
 
 Triton kernels run under the interpreter (TRITON_INTERPRET=1).
 """
