@@ -6,7 +6,6 @@ same case on every machine, whatever other numbers are drawn, so that a failing 
 
 from __future__ import annotations
 
-import inspect
 import math
 import random
 from collections.abc import Callable
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor
 
 from grpo_fast.config import KL_ESTIMATORS, LOSS_TYPES, HeadConfig, LossConfig
-from grpo_fast.loss import grpo_loss
 from grpo_fast.ops.backend import get_backend
 from grpo_fast.reference import reference_logprobs
 from tests.cases import INTERPRETED
@@ -26,8 +24,6 @@ from tests.reference_metrics import TokenData, couples_tokens
 
 MAX_TOKENS = 60
 IGNORED = -100
-HAS_ENTROPY_NORMALIZER = "entropy_normalizer" in inspect.signature(grpo_loss).parameters
-HAS_IGNORE_INDEX = "ignore_index" in inspect.signature(grpo_loss).parameters
 NARROW = (torch.float16, torch.bfloat16)
 
 
@@ -151,8 +147,8 @@ def draw_settings(number: int, backends: tuple[str, ...], devices: tuple[str, ..
     wide_share = (10, 55, 0, 35) if INTERPRETED else (60, 18, 11, 11)
     dtype = d.choices((torch.float64, torch.float32, torch.bfloat16, torch.float16), wide_share)[0]
     lengths, padding = draw_lengths(d)
-    mask = d.pick(None, "bool", "bool", "int64", "uint8", *(["float"] if HAS_IGNORE_INDEX else []))
-    ignore = HAS_IGNORE_INDEX and d.chance(0.2)
+    mask = d.pick(None, "bool", "bool", "int64", "uint8", "float")
+    ignore = d.chance(0.2)
     masked = d.pick(0.2, 0.0, 0.6, 1.0, usual=0.6) if mask is not None or ignore else 0.0
     if padding is not None and mask is None and not ignore:  # every position is a token
         lengths, padding = (max(lengths, default=0),) * len(lengths), 0
@@ -187,7 +183,7 @@ def draw_settings(number: int, backends: tuple[str, ...], devices: tuple[str, ..
         drift=d.pick(0.3, 0.05, 2.0, 9.0, usual=0.8),
         sampling=draw_sampling(d, config),
         normalizer=d.pick(None, 1.0, 37.5, 0.01, 1e6, usual=0.4),
-        entropy_normalizer=d.pick(None, 1.0, 41.0, 1e5, usual=0.4) if HAS_ENTROPY_NORMALIZER else None,
+        entropy_normalizer=d.pick(None, 1.0, 41.0, 1e5, usual=0.4),
         tensor_normalizers=d.chance(0.5),
         upstream=d.pick(1.0, 0.5, -2.0, 1024.0, 1e-3, usual=0.4),
         main_grad=d.chance(0.25),
@@ -201,13 +197,12 @@ def draw_settings(number: int, backends: tuple[str, ...], devices: tuple[str, ..
 
 def finish(d: Draw, settings: Settings) -> Settings:
     """Settle what depends on the rest."""
-    shapes = ["[S]", "token", *(["[S, 1]"] if HAS_IGNORE_INDEX else [])]
     num_tokens, num_sequences = math.prod(settings.shape), len(settings.lengths)
-    if HAS_IGNORE_INDEX and not settings.padded:
-        shapes.append("[1, T]")
-    advantages = d.choice(shapes)
+    advantages = d.pick("[S]", "[S, 1]", "token", "token" if settings.padded else "[1, T]")
     if advantages == "token" and num_tokens == num_sequences and set(settings.lengths) != {1} and not settings.padded:
-        advantages = "[S]"  # [T] is read as [S]
+        advantages = "[1, T]"  # [T] would be ambiguous
+    if advantages in ("token", "[1, T]"):  # where they belong to one sequence must be said
+        settings = replace(settings, implicit_sequence=False)
     if settings.call == "token_logprobs":
         settings = replace(settings, poison=None)
     if settings.call == "policy_loss":
@@ -414,11 +409,15 @@ class Problem:
             "sampling_logprobs": None if s.sampling is None else self.sampling_logprobs,
         }
 
+    def given_finite(self) -> Tensor:
+        """Whether what is given of a token is finite."""
+        data = self.token_data(self.logprobs, None)
+        lists = [values for values in (data.advantages, data.old, data.ref) if values is not None]
+        return torch.tensor(lists, dtype=torch.float64).isfinite().all(0).reshape(self.settings.shape)
+
     def normalizers(self) -> dict[str, float | Tensor | None]:
         s = self.settings
-        given: dict[str, Any] = {"normalizer": s.normalizer}
-        if HAS_ENTROPY_NORMALIZER:
-            given["entropy_normalizer"] = s.entropy_normalizer
+        given: dict[str, Any] = {"normalizer": s.normalizer, "entropy_normalizer": s.entropy_normalizer}
         if s.tensor_normalizers:
             given = {name: None if v is None else torch.tensor(v) for name, v in given.items()}
         return given
