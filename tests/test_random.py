@@ -34,7 +34,7 @@ from tests.random_cases import (
     expected_plan,
     strided,
 )
-from tests.reference_metrics import computed_tokens, reference_metrics
+from tests.reference_metrics import computed_tokens, couples_tokens, reference_metrics
 
 NUM_CASES = 40 if INTERPRETED else 300
 SEED_STRIDE = 1_000_000
@@ -74,13 +74,20 @@ def device_of(settings: Settings) -> AbstractContextManager[Any]:
 # -- tolerances -------------------------------------------------------------------------------------------------------
 
 
-def assert_near(name: str, actual: Tensor, expected: Tensor, settings: Settings, plain: Any = None) -> None:
-    """Relative RMS error within the case's dtype's, or twice that of `plain()`, which is asked where it is above."""
+def assert_near(
+    name: str, actual: Tensor, expected: Tensor, settings: Settings, plain: Any = None, scale: float = 0.0
+) -> None:
+    """Relative RMS error within the case's dtype's, or twice that of `plain()`, which is asked where it is above.
+
+    Args:
+        scale: of what cancels in `expected`.
+    """
     bound = TOLERANCES[settings.dtype].floor
-    if settings.vocab - settings.forbidden == 1 and settings.dtype != torch.float64 and not expected.any():
+    if settings.vocab - settings.forbidden == 1 and name.startswith("grad"):
         # With one token to choose, p - 1 and log p are 0 up to the rounding of an exponential.
-        assert actual.isfinite().all()
-        assert actual.abs().max() <= bound * max(1.0, abs(settings.upstream)) * 1e3, name
+        assert ((actual - expected).abs() <= 1e3 * bound * max(1.0, abs(settings.upstream))).all(), name
+        return
+    if scale and (actual - expected).abs() <= bound * scale:
         return
     error = rel_rms(actual, expected)
     if not error <= bound and plain is not None:
@@ -121,6 +128,12 @@ class Exact:
     g: Tensor
     e: Tensor
 
+    @property
+    def scale(self) -> float:
+        """Of a loss's error, if every log-probability and entropy has a relative one."""
+        sizes = self.g.abs() * self.logprobs.abs().clamp(min=1) + self.e.abs() * self.entropy.abs()
+        return float(sizes.sum())
+
 
 def leaves_of(problem: Problem, *, dtype: torch.dtype) -> dict[str, Tensor]:
     """The head's operands as the oracle takes them: no forbidden columns."""
@@ -140,7 +153,7 @@ def oracle(problem: Problem, dtype: torch.dtype = torch.float64) -> Exact:
         leaves["hidden"],
         leaves["weight"],
         problem.targets,
-        problem.advantages.to(dtype),
+        problem.oracle_advantages.to(dtype),
         bias=leaves.get("bias"),
         head=s.head,
         config=s.config,
@@ -282,10 +295,10 @@ def main_grad_of(problem: Problem, expected: Tensor) -> Tensor | None:
 
 
 def backward(loss: Tensor, arguments: Arguments, upstream: float) -> dict[str, Tensor]:
-    if arguments.leaves:
+    if loss.requires_grad:
         (loss if upstream == 1 else upstream * loss).backward()
     else:
-        assert not loss.requires_grad
+        assert not arguments.leaves or arguments.s.call == "policy_loss"  # a loss may leave the entropies out
     return arguments.gradients()
 
 
@@ -332,7 +345,7 @@ def check_grpo_loss(problem: Problem) -> None:
     assert not seen.any(), "rows with a gradient were not computed"
     plain = Plain(problem, upstream)
     assert out.loss.dtype == problem.side_dtype
-    assert_near("loss", out.loss, exact.loss, s, lambda: plain.exact.loss)
+    assert_near("loss", out.loss, exact.loss, s, lambda: plain.exact.loss, scale=exact.scale)
     for name, gradient in gradients.items():
         if name == "weight" and main_grad is not None:
             assert not gradient.any(), "main_grad and grad of weight"
@@ -344,7 +357,8 @@ def check_grpo_loss(problem: Problem) -> None:
         assert not actual[~computed].any(), f"{name}: expected 0 where not computed"
     metrics = out.metrics.as_dict()
     assert metrics["bad_rows"] == 0
-    assert_near("loss of metrics", torch.tensor(metrics["loss"], dtype=torch.float64), exact.loss, s, lambda: plain.exact.loss)
+    summed = torch.tensor(metrics["loss"], dtype=torch.float64)
+    assert_near("loss of metrics", summed, exact.loss, s, lambda: plain.exact.loss, scale=exact.scale)
     assert_metrics(metrics, reference_metrics(data, s.config, exact.loss.item()), s, "metrics")
     check_merge(problem, out)
 
@@ -385,14 +399,35 @@ def check_poison(problem: Problem, exact: Exact, out: Any, gradients: dict[str, 
     finite = exact.logprobs.isfinite() & exact.entropy.isfinite() & exact.g.isfinite() & exact.e.isfinite()
     finite &= problem.given_finite()
     bad = computed & ~finite
-    assert out.metrics.as_dict()["bad_rows"] == bad.sum(), "bad_rows"
+    counted, least = out.metrics.as_dict()["bad_rows"], bad.sum()
+    # Where tokens see each other, the others of a bad token's sequence may be bad in a number that the loss leaves out.
+    most = least if not coupled(problem) else sequences_with(bad, problem).logical_and(computed).sum()
+    assert least <= counted <= most, (
+        f"bad_rows: counted {counted}, expected {least} to {most}: {bad.nonzero().tolist()}"
+    )
     if not bad.any():
-        return bool(finite.all())
-    if problem.settings.poison[0] == "hidden" or exact.loss.isfinite():
+        return bool(finite.all()) and all(bool(g.isfinite().all()) for g in exact.gradients.values())
+    # An off-policy mask may drop a sequence whose drift is NaN, and with it the NaN.
+    visible = problem.settings.poison[0] == "hidden" and problem.settings.config.off_policy_mask_threshold is None
+    if visible or exact.loss.isfinite():
         assert bool(out.loss.isfinite()) == bool(exact.loss.isfinite()), "finite loss"
     if "hidden" in gradients:  # no other row's gradient is spoilt
         assert gradients["hidden"].isfinite().all(-1)[exact.gradients["hidden"].isfinite().all(-1)].all()
     return False
+
+
+def coupled(problem: Problem) -> bool:
+    return couples_tokens(problem.settings.config, has_old=not problem.settings.on_policy)
+
+
+def sequences_with(flagged: Tensor, problem: Problem) -> Tensor:
+    """Every token of the sequences that hold a flagged one; of all, under an entropy quantile."""
+    out = flagged.reshape(-1).clone()
+    if problem.settings.config.top_entropy_quantile < 1:
+        return torch.full_like(flagged, bool(out.any()))
+    for begin, end in problem.settings.bounds:
+        out[begin:end] = out[begin:end].any()
+    return out.reshape(flagged.shape)
 
 
 def check_merge(problem: Problem, out: Any) -> None:
@@ -411,6 +446,8 @@ def check_merge(problem: Problem, out: Any) -> None:
         parts = [part_metrics(problem, first, last, given) for first, last in pairwise(cuts)]
     if not parts:
         return
+    if s.per_token and any(last - first == 1 == length_of(s, first) for first, last in pairwise(cuts)):
+        names = {name for name in names if "clip_ratio" not in name}  # there [1, 1] is a sequence's
     whole, merged = out.metrics.as_dict(), Metrics.merge(parts).as_dict()
     exact = s.dtype == torch.float64
     for name in names:
@@ -420,6 +457,11 @@ def check_merge(problem: Problem, out: Any) -> None:
             relative = 1e-9 if exact else 2e-5
             absolute = 0.1 * relative * max(1.0, whole["ratio/max"], 1 / (whole["ratio/min"] or 1))
         assert merged[name] == pytest.approx(whole[name], rel=relative, abs=absolute), f"merged at {cuts}: {name}"
+
+
+def length_of(s: Settings, sequence: int) -> int:
+    begin, end = s.bounds[sequence]
+    return end - begin
 
 
 def denominators(problem: Problem) -> dict[str, float]:
@@ -445,8 +487,8 @@ def part_metrics(problem: Problem, first: int, last: int, normalizers: dict[str,
         cu_seqlens = torch.tensor(limits[first : last + 1]) - limits[first]
     per_token = s.advantages in ("token", "[1, T]")
     advantages = problem.advantages[tokens if per_token else sequences]
-    if per_token and not s.padded:
-        advantages = advantages[None]  # [T] may be as long as [S]
+    if not s.padded:  # [T] may be as long as [S]
+        advantages = advantages[None] if per_token else advantages[:, None]
     out = grpo_loss(
         problem.hidden[tokens],
         problem.weight,
@@ -532,7 +574,7 @@ def check_policy_loss(problem: Problem) -> None:
     loss = reference_policy_loss(
         leaves["logprobs"],
         leaves.get("entropy"),
-        problem.advantages.double(),
+        problem.oracle_advantages.double(),
         cu_seqlens=problem.cu_seqlens,
         loss_mask=mask,
         config=s.config,
@@ -555,7 +597,7 @@ def check_policy_loss(problem: Problem) -> None:
     assert torch.equal(out.computed, mask)
     if s.poison is not None and not check_poison(problem, exact, out, {}, mask):
         return
-    assert_near("loss", out.loss, loss, s)
+    assert_near("loss", out.loss, loss, s, scale=exact.scale)
     for name, gradient in gradients.items():
         assert_near(f"grad {name}", gradient[mask], expected[name][mask], s)
         assert not gradient[~mask].any(), f"grad {name}: expected 0 where masked"
