@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -141,17 +141,21 @@ class Draw(random.Random):
     def chance(self, share: float) -> bool:
         return self.random() < share
 
+    def one_of(self, choices: Sequence[str]) -> str:
+        """Any of them, by one number whatever their count: the rest of a case does not depend on it."""
+        return choices[int(self.random() * len(choices))]
+
     def pick(self, *choices: Any, usual: float = 0.0) -> Any:
         """One of the choices, the first with probability `usual`, else any."""
         return choices[0] if self.chance(usual) else self.choice(choices)
 
 
-def draw_settings(number: int, backends: tuple[str, ...], devices: tuple[str, ...] = ("cpu",)) -> Settings:
+def draw_settings(number: int, backends: tuple[str, ...], devices: Sequence[str] = ("cpu",)) -> Settings:
     """The settings of case `number`."""
     d = Draw(number)
     call = d.choices(("grpo_loss", "token_logprobs", "policy_loss"), (80, 12, 8))[0]
     config = draw_config(d)
-    backend, device = d.choice(backends), d.choice(devices)
+    backend, device = d.one_of(backends), d.one_of(devices)
     if device != "cpu" and backend == "cpu":  # GPUs do not have it
         backend = "torch"
     wide_share = (10, 55, 0, 35) if INTERPRETED else (60, 18, 11, 11)
@@ -322,7 +326,8 @@ def legal_plans(settings: Settings) -> list[str]:
     plans = ["auto", "auto", "recompute", "lean"]
     if head:
         plans += ["frozen_head"] * 3
-    if settings.backend == "triton" and not settings.grads:
+    # Its kernel reads operands where they lie, rows of contiguous elements.
+    if settings.backend == "triton" and not settings.grads and ("weight", "transposed") not in settings.views:
         plans += ["fused_forward"] * 2
     if settings.call == "grpo_loss":
         if not coupled:
