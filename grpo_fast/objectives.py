@@ -15,8 +15,11 @@ device code, a row in the test matrix.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,24 +40,61 @@ class Tokens:
         advantages: `[T]`.
         mask: `[T]` bool, the tokens that carry loss.
         segments: the sequences of the tokens.
-        num_active: 0-dim, unmasked tokens of the whole call (these tokens may be a part of it).
+        bonus_count: 0-dim, what the sum of entropies is divided by in the bonus: the unmasked tokens of the whole call
+            (these may be a part of it), at least 1; or the caller's `entropy_normalizer`, if `bonus_count_given`.
         old_logprobs, ref_logprobs, sampling_logprobs: `[T]` or None. NaN in `sampling_logprobs` means not known.
         importance: `[T]` weights of the train/inference correction where they are known beforehand.
+        quantile_group: ranks whose tokens the entropy quantile spans; None: the default group, if there is one.
     """
 
     advantages: Tensor
     mask: Tensor
     segments: Segments
-    num_active: Tensor
+    bonus_count: Tensor
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     sampling_logprobs: Tensor | None = None
     importance: Tensor | None = None
+    bonus_count_given: bool = False
+    quantile_group: torch.distributed.ProcessGroup | None = None
 
-    def optional(self, function: Callable[[Tensor], Tensor]) -> dict[str, Tensor | None]:
+    def optional(self, function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """`function` of each optional `[T]` tensor, by name; None stays None."""
         names = ("old_logprobs", "ref_logprobs", "sampling_logprobs", "importance")
         return {n: None if getattr(self, n) is None else function(getattr(self, n)) for n in names}
+
+    def rows(self, rows: Tensor, row_counts: list[int] | None) -> Tokens:
+        """The tokens `rows` `[n]`, the unmasked ones.
+
+        Args:
+            row_counts: how many each sequence has, if sequences matter; otherwise the result's are not to be used.
+        """
+        segments = self.segments
+        if row_counts is not None:
+            counts = segments.sum(self.mask)
+            segments = Segments(torch.cat([counts.new_zeros(1), counts.cumsum(0)]), rows.numel())
+        return replace(
+            self,
+            advantages=self.advantages[rows],
+            mask=torch.ones_like(rows, dtype=torch.bool),
+            segments=segments,
+            **self.optional(lambda values: values[rows]),
+        )
+
+    def part(self, start: int, stop: int, row_counts: list[int] | None) -> Tokens:
+        """Views of tokens `start:stop`; whole sequences, as `row_counts` (of all of them) says, if sequences matter."""
+        segments = self.segments
+        if row_counts is not None:
+            ends = list(accumulate(row_counts))
+            first, last = bisect_right(ends, start), bisect_right(ends, stop)
+            segments = Segments(segments.cu_seqlens[first : last + 1] - start, stop - start)
+        return replace(
+            self,
+            advantages=self.advantages[start:stop],
+            mask=self.mask[start:stop],
+            segments=segments,
+            **self.optional(lambda values: values[start:stop]),
+        )
 
 
 @dataclass
@@ -184,9 +224,11 @@ def off_policy_mask(logprobs: Tensor, behaviour: Tensor, tokens: Tokens, thresho
     return (tokens.advantages >= 0) | (sequence_drift <= threshold)
 
 
-def high_entropy_mask(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
-    """Keep unmasked tokens whose entropy reaches the (1 - quantile) quantile over all ranks. `[T]` bool."""
-    active = _gather_ranks(entropy[mask])
+def high_entropy_mask(
+    entropy: Tensor, mask: Tensor, quantile: float, group: torch.distributed.ProcessGroup | None = None
+) -> Tensor:
+    """Keep unmasked tokens whose entropy reaches the (1 - quantile) quantile over the ranks of `group`. `[T]` bool."""
+    active = _gather_ranks(entropy[mask], group)
     if active.numel() == 0:
         return torch.zeros_like(mask)
     # torch.quantile refuses more than 2^24 values; sorting has no such limit.
@@ -197,19 +239,19 @@ def high_entropy_mask(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
     return (entropy >= threshold) & mask
 
 
-def _gather_ranks(values: Tensor) -> Tensor:
-    """`values` of every rank, concatenated; ranks may hold different numbers of them."""
+def _gather_ranks(values: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
+    """`values` of every rank of the group (None: the default one), concatenated; ranks may hold different numbers."""
     distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size(group) <= 1:
         return values
     count = torch.tensor([values.numel()], device=values.device)
-    counts = [torch.zeros_like(count) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(counts, count)
+    counts = [torch.zeros_like(count) for _ in range(distributed.get_world_size(group))]
+    distributed.all_gather(counts, count, group=group)
     sizes = [int(c) for c in counts]
     padded = values.new_zeros(max(sizes))
     padded[: values.numel()] = values
     gathered = [torch.empty_like(padded) for _ in sizes]
-    distributed.all_gather(gathered, padded)
+    distributed.all_gather(gathered, padded, group=group)
     return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 
 
@@ -351,11 +393,13 @@ def objective(logprobs: Tensor, entropy: Tensor | None, tokens: Tokens, config: 
     if config.off_policy_mask_threshold is not None:
         kept = off_policy_mask(logprobs.detach(), _behaviour(context), tokens, config.off_policy_mask_threshold)
         policy = torch.where(kept, policy, 0.0)
-    bonus_mask, num_bonus = tokens.mask, tokens.num_active
+    bonus_mask, bonus_count = tokens.mask, tokens.bonus_count
     if config.top_entropy_quantile < 1.0:
         assert entropy is not None
-        bonus_mask = high_entropy_mask(entropy.detach(), tokens.mask, config.top_entropy_quantile)
-        num_bonus = bonus_mask.sum()
+        quantile, group = config.top_entropy_quantile, tokens.quantile_group
+        bonus_mask = high_entropy_mask(entropy.detach(), tokens.mask, quantile, group)
+        if not tokens.bonus_count_given:
+            bonus_count = bonus_mask.sum().clamp(min=1)
         policy = torch.where(bonus_mask, policy, 0.0)
     if importance is not None and config.loss_type != "vespo":
         policy = policy * importance
@@ -369,7 +413,7 @@ def objective(logprobs: Tensor, entropy: Tensor | None, tokens: Tokens, config: 
         policy = policy + config.beta * kl
     return Terms(
         policy=torch.where(tokens.mask, policy, 0.0),
-        entropy_weights=bonus_mask.to(logprobs.dtype) / num_bonus.clamp(min=1),
+        entropy_weights=bonus_mask.to(logprobs.dtype) / bonus_count,
         ratio=ratio.detach(),
         clip_ratio=context.capped_ratio.detach(),
         kl=None if kl is None else kl.detach(),

@@ -56,7 +56,7 @@ def products(hidden: Tensor, weight: Tensor, dx: Tensor) -> dict[str, Tensor]:
     logits = torch.empty(hidden.shape[0], shape[0])
     cpu.logits(hidden, weight, logits, hidden.shape[0])
     grad_hidden = torch.ones(hidden.shape)
-    cpu.grad_hidden(dx, weight, grad_hidden)
+    cpu.grad_hidden(dx, weight, grad_hidden, accumulate=True)
     added, plain, narrow = torch.ones(shape), torch.empty(shape, dtype=wide), torch.empty(shape, dtype=hidden.dtype)
     cpu.grad_weight(dx, hidden, added, added)
     cpu.grad_weight(dx, hidden, plain, None)
