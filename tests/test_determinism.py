@@ -113,9 +113,8 @@ def test_what_cannot_be_repeated_ends_the_run_with_its_name(config):
     with pytest.raises(ConfigError, match=r"full_determinism: put_ does not .* deterministic implementation"):
         with determinism(config):
             torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
-    with pytest.raises(RuntimeError, match="out of memory") as other:
-        with determinism(config):
-            raise RuntimeError("CUDA out of memory")
+    with pytest.raises(RuntimeError, match="out of memory") as other, determinism(config):
+        raise RuntimeError("CUDA out of memory")
     assert not isinstance(other.value, ConfigError)
     assert modes()[1]
 

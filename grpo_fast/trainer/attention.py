@@ -70,9 +70,7 @@ class PackLayout:
     implementation: str
 
     @staticmethod
-    def build(
-        sequences: Sequence[Sequence[range]], num_tokens: int, *, implementation: str
-    ) -> PackLayout:
+    def build(sequences: Sequence[Sequence[range]], num_tokens: int, *, implementation: str) -> PackLayout:
         """The layout of `num_tokens` pack tokens in which sequence s is the concatenation of the ranges
         `sequences[s]`; every pack token belongs to at least one sequence. It is on the CPU (`tensors`, `with_tensors`).
         """

@@ -29,7 +29,10 @@ VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 REPEATABLE = (":4096:8", ":16:8")
 """The values with which NVIDIA promises repeatable products from several streams."""
 # Of the two errors that strict mode raises: an operation without a deterministic implementation, and cuBLAS's variable.
-_REFUSALS = ("does not have a deterministic implementation", "this operation is not deterministic because it uses CuBLAS")
+_REFUSALS = (
+    "does not have a deterministic implementation",
+    "this operation is not deterministic because it uses CuBLAS",
+)
 
 
 @contextlib.contextmanager
