@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo_fast import __version__
+from grpo_fast.install import install_command
 
 _EPILOG = """\
 examples:
@@ -122,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug or not package or package == "grpo_fast" or importlib.util.find_spec(package) is not None:
             raise
         extra = _EXTRAS.get(package, "train")
-        print(f"error: {package} is not installed; run pip install 'grpo-fast[{extra}]'", file=sys.stderr)
+        print(f"error: {package} is not installed; run {install_command(extra)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if arguments.debug or "out of memory" not in str(error).lower():

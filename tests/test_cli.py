@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from grpo_fast.cli import main
+from grpo_fast.install import install_command
 from tests import tiny
 
 
@@ -213,7 +214,7 @@ def test_a_missing_package_names_the_extra(recipe, capsys, monkeypatch):
     monkeypatch.setattr("grpo_fast.trainer.recipe.load_config", gone)
     code, _, error = run(capsys, "train", recipe())
     assert code == 2
-    assert "error: reasoning_gym_x is not installed; run pip install 'grpo-fast[train]'" in error
+    assert f"error: reasoning_gym_x is not installed; run {install_command('train')}\n" in error
 
 
 def test_out_of_memory_is_explained(recipe, capsys, monkeypatch):
