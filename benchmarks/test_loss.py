@@ -2,8 +2,8 @@
 
     pytest benchmarks/test_loss.py -k "SmolLM2 and full" -s --benchmark-json=results/out.json
 
-On a CPU the full step is measured with every contender, the other scenarios with this library and TRL's faster path; on
-a GPU everything with everyone. `-m quick` is the selection of `make bench`.
+On a CPU the full step is measured with every contender, the other scenarios with this library and TRL's two faster
+paths; on a GPU everything with everyone. `-m quick` is the selection of `make bench`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks.machine import device_name
 from benchmarks.measure import run_case
 
 DEVICE = device_name()
-FEW = ("grpo-fast", "TRL eager")
+FEW = ("grpo-fast", "TRL eager", "TRL eager bf16")
 CASES = [
     pytest.param(case, id=case.name, marks=[pytest.mark.quick] if is_quick(case) else []) for case in loss_cases(DEVICE)
 ]
