@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.baselines import FEW
 from benchmarks.cases import Case, is_quick, loss_cases
 from benchmarks.machine import device_name
 from benchmarks.measure import run_case
 
 DEVICE = device_name()
-FEW = ("grpo-fast", "TRL eager", "TRL eager bf16")
 CASES = [
     pytest.param(case, id=case.name, marks=[pytest.mark.quick] if is_quick(case) else []) for case in loss_cases(DEVICE)
 ]

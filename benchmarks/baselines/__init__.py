@@ -20,7 +20,10 @@ from benchmarks.baselines.implementations import VERL_TORCH, Outcome
 from benchmarks.cases import Batch, Case
 from grpo_fast.ops.backend import resolve_backend
 
-__all__ = ["CONTENDERS", "Contender", "Outcome"]
+__all__ = ["CONTENDERS", "FEW", "Contender", "Outcome"]
+
+FEW = ("grpo-fast", "TRL eager", "TRL eager bf16")
+"""Who is timed where everyone would take too long."""
 
 
 @dataclass(frozen=True)
