@@ -249,24 +249,29 @@ def high_entropy_mask(
     entropy: Tensor, mask: Tensor, quantile: float, group: torch.distributed.ProcessGroup | None = None
 ) -> Tensor:
     """Keep unmasked tokens whose entropy reaches the (1 - quantile) quantile over the ranks of `group`. `[T]` bool."""
-    active = _gather_ranks(entropy[mask], group)
-    if active.numel() == 0:
-        return torch.zeros_like(mask)
-    # torch.quantile refuses more than 2^24 values; sorting has no such limit.
-    ordered = active.sort().values
-    position = (1.0 - quantile) * (active.numel() - 1)
-    lower, upper = ordered[math.floor(position)], ordered[math.ceil(position)]
-    threshold = torch.lerp(lower, upper, position - math.floor(position))
+    # Masked tokens last; everything stays on the device (and torch.quantile refuses more than 2^24 values).
+    values = torch.where(mask, entropy, torch.inf)
+    if _num_ranks(group) > 1:
+        values = _gather_ranks(values, group)
+    count = (values < torch.inf).sum()
+    ordered = torch.cat([values, values.new_full((1,), torch.inf)]).sort().values
+    position = (1.0 - quantile) * (count - 1).clamp(min=0).double()
+    lower, upper = ordered.gather(0, torch.stack([position.floor(), position.ceil()]).long())
+    threshold = torch.lerp(lower, upper, (position - position.floor()).to(lower.dtype))
     return (entropy >= threshold) & mask
+
+
+def _num_ranks(group: torch.distributed.ProcessGroup | None) -> int:
+    """Ranks of a group (None: of the default one); 1 where nothing is distributed."""
+    distributed = torch.distributed
+    return distributed.get_world_size(group) if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def _gather_ranks(values: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
     """`values` of every rank of the group (None: the default one), concatenated; ranks may hold different numbers."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size(group) <= 1:
-        return values
+    distributed, num_ranks = torch.distributed, _num_ranks(group)
     count = torch.tensor([values.numel()], device=values.device)
-    counts = [torch.zeros_like(count) for _ in range(distributed.get_world_size(group))]
+    counts = [torch.zeros_like(count) for _ in range(num_ranks)]
     distributed.all_gather(counts, count, group=group)
     sizes = [int(c) for c in counts]
     padded = values.new_zeros(max(sizes))

@@ -9,17 +9,18 @@ While it is there
   `addmm.dtype_out`, which the CPU does not have. They are implemented here with the checks that torch 2.11's CUDA code
   makes (aten/src/ATen/native/cuda/Blas.cpp, read), summed in float64 and rounded to float32 once.
 - float32 products are rounded to TF32 where torch.backends.cuda.matmul allows it.
-- Streams are a model. What every operator and Triton launch reads and writes is written down with the stream that it was
-  given to, by byte ranges of storages; two accesses, one of them a write, that no event orders raise `Unordered`, as
-  does memory that goes back to the allocator of one stream while another may still use it.
+- Streams are a model. What every operator and Triton launch reads and writes is written down with the stream that it
+  was given to, by byte ranges of storages; two accesses, one of them a write, that no event orders raise `Unordered`,
+  as does memory that goes back to the allocator of one stream while another may still use it.
 
 Triton kernels run under the interpreter (TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -31,13 +32,14 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from grpo_fast.ops import devices, planner
 from tests.allocations import OPERATORS
+from tests.cases import INTERPRETED
 
 GIB = 2**30
 HALVES = (torch.bfloat16, torch.float16)
 aten = torch.ops.aten
 
 
-class Unordered(AssertionError):
+class Unordered(AssertionError):  # noqa: N818
     """Two streams meet in the same bytes, and nothing says which comes first."""
 
 
@@ -69,11 +71,13 @@ class Stream:
 class Streams:
     """torch.cuda, as far as streams go."""
 
-    Stream = Stream
-
     def __init__(self) -> None:
         self.current = Stream()
         self.made: list[Stream] = []
+
+    def Stream(self, device: Any = None) -> Stream:  # noqa: N802
+        self.made.append(Stream())
+        return self.made[-1]
 
     def current_stream(self, device: Any = None) -> Stream:
         return self.current
@@ -114,12 +118,23 @@ class Memory:
 
 _WAITING = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default}
 _NOTHING = {"empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided"}
-WRITTEN = {"dx", "logprobs", "entropy", "lse", "live", "weights", "token_advantages", "active_rows", "rows", "num_active"}
+WRITTEN = {
+    "dx",
+    "logprobs",
+    "entropy",
+    "lse",
+    "live",
+    "token_advantages",
+    "active_rows",
+    "rows",
+    "num_active",
+    "tensor",
+}
 """Arguments of Triton kernels that some kernel writes."""
 
 
 class StandIn(TorchDispatchMode):
-    """The device: it sees every operator. Attributes: `streams`; `waits`, names of operators that make the host wait."""
+    """The device: it sees every operator. `waits` names those that make the host wait, `launches` the kernels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -210,7 +225,9 @@ def _check(condition: bool, message: str) -> None:
 def _check_product(left: Tensor, right: Tensor, out_dtype: torch.dtype, out: Tensor) -> None:
     _check(left.dim() == 2, f"self must be a matrix, got {left.dim()}-D tensor")
     _check(right.dim() == 2, f"mat2 must be a matrix, got {right.dim()}-D tensor")
-    _check(left.shape[1] == right.shape[0], f"mat1 and mat2 shapes cannot be multiplied ({left.shape} and {right.shape})")
+    _check(
+        left.shape[1] == right.shape[0], f"mat1 and mat2 shapes cannot be multiplied ({left.shape} and {right.shape})"
+    )
     _check(out_dtype == out.dtype, "out_dtype must be the same as the dtype of the provided out tensor")
     _check(left.dtype == right.dtype, "input dtypes must be the same")
     wide = out_dtype == torch.float32 and left.dtype in HALVES
@@ -243,7 +260,9 @@ def _tf32(values: Tensor) -> Tensor:
 
 def _as_tf32(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """What a float32 product gives where TF32 is allowed; None for other operators."""
-    first = {aten.mm.default: 0, aten.mm.out: 0, aten.addmm.default: 1, aten.addmm_.default: 1, aten.addmm.out: 1}.get(func)
+    first = {aten.mm.default: 0, aten.mm.out: 0, aten.addmm.default: 1, aten.addmm_.default: 1, aten.addmm.out: 1}.get(
+        func
+    )
     if first is None or args[first].dtype != torch.float32:
         return None
     operands = [_tf32(operand) for operand in args[first : first + 2]]
@@ -282,18 +301,29 @@ def stand_in(*, row_stream: bool = False, tile_rows: int | None = None, memory: 
 
 def _hear_launches(patch: pytest.MonkeyPatch, device: StandIn) -> None:
     """Triton's interpreter works on memory, below the dispatcher: tell the device of every launch."""
-    try:
-        from grpo_fast.kernels import launcher
-    except ImportError:
+    if not INTERPRETED:
         return
+    from grpo_fast.kernels import (  # noqa: F401  (they import it by name)  # noqa: F401
+        forward_logprobs,
+        group_advantages,
+        group_rows,
+        launcher,
+        row_gradient,
+        row_objective,
+        row_statistics,
+        scale,
+    )
+
     launch = launcher.launch
 
-    def heard(kernel: Any, grid: Any, arguments: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        device.launched(kernel.__name__, dict(arguments))
+    def heard(kernel: Any, grid: Any, arguments: Mapping[str, Any], device_of: torch.device) -> None:
+        device.launched(kernel.fn.__name__, dict(arguments))
         with _disable_current_modes():
-            return launch(kernel, grid, arguments, *args, **kwargs)
+            launch(kernel, grid, arguments, device_of)
 
-    patch.setattr(launcher, "launch", heard)
+    for name, module in sys.modules.items():
+        if name.startswith("grpo_fast.kernels.") and getattr(module, "launch", None) is launch:
+            patch.setattr(module, "launch", heard)
 
 
 @pytest.fixture

@@ -99,7 +99,8 @@ def room(module: str) -> str:
 SHARED = ("config", "packing", "objectives", "aggregation", "install")
 BACKENDS_OWN = ("backend", "devices", "float32_products")
 
-# room -> rooms it may import from, besides itself. `root` brings the loss when a name is asked for; `reference` is the tests' and doctor's.
+# room -> rooms it may import from, besides itself. `root` brings the loss when a name is asked for; `reference` is the
+# tests' and doctor's.
 ARROWS = {
     "root": {"shared", "loss"},
     "kernels": set(),

@@ -48,6 +48,7 @@ MISTAKES = {
     "no such model folder": ({}, ["model.path=./nowhere"], "model.path: expected a model folder or a hub name"),
     "a folder without a model": ({}, ["model.path={tmp}/empty"], "has no config.json"),
     "a model that is not on the hub": ({}, ["model.path=nobody/nothing"], "model.path: cannot load nobody/nothing"),
+    "a hub that is out of reach": ({}, ["model.path=nomodel"], "no such model in the cache"),
     "no such data": ({}, ["data.train={tmp}/none.jsonl"], "none.jsonl does not exist"),
     "empty data": ({}, ["data.train={tmp}/empty.jsonl"], "expected at least one example; got none"),
     "no prompt column": ({}, ["data.prompt_column=question"], "expected a column 'question'"),
@@ -112,6 +113,14 @@ def test_help(capsys, arguments):
     if arguments == ["--help"]:
         for command in ("train", "eval", "export", "doctor", "resume=auto"):
             assert command in text
+
+
+def test_a_bare_command_prints_help(capsys):
+    code, out, error = run(capsys)
+    assert code == 0
+    assert out.startswith("usage: grpo-fast")
+    assert "grpo-fast train recipes/demo.yaml" in out
+    assert not error
 
 
 def test_options_are_listed(capsys):

@@ -86,5 +86,8 @@ def test_default_workspace(gib: int, expected: int, monkeypatch: pytest.MonkeyPa
 
 
 def test_bad_tuning() -> None:
-    with pytest.raises(ValueError, match="tile_rows: expected a power of two, at least 16; got 24"), tuning(tile_rows=24):
+    with (
+        pytest.raises(ValueError, match="tile_rows: expected a power of two, at least 16; got 24"),
+        tuning(tile_rows=24),
+    ):
         pass

@@ -33,6 +33,8 @@ class DeviceTraits:
         tile_rows: rows of one logits product that fill the device.
         row_block_elements: of the blocks of rows that torch's row functions work through.
         vector_products: products of fewer than four rows are vector products, which sum straight over the vocabulary.
+        float32_switch: its `fp32_precision` says what the process allows in the place of float32 products: "tf32",
+            "bf16", or something else for nothing.
         total_memory: bytes of a device, or None where that is not a bound of its own.
     """
 
@@ -42,6 +44,7 @@ class DeviceTraits:
     tile_rows: int
     row_block_elements: int
     vector_products: bool = False
+    float32_switch: Any = None
     total_memory: Callable[[torch.device], int | None] = _unknown_memory
 
 
@@ -54,6 +57,7 @@ TRAITS: dict[str, DeviceTraits] = {
         tile_rows=128,
         row_block_elements=2**19,
         vector_products=True,
+        float32_switch=torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
     ),
     # Blocks that fill 132 multiprocessors: 2^23 float32 are 32 MiB.
     "cuda": DeviceTraits(
@@ -62,6 +66,7 @@ TRAITS: dict[str, DeviceTraits] = {
         streams=torch.cuda,
         tile_rows=1024,
         row_block_elements=2**23,
+        float32_switch=torch.backends.cuda.matmul,
         total_memory=_cuda_memory,
     ),
 }

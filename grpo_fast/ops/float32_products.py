@@ -16,14 +16,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grpo_fast.ops.devices import traits
+
 _BITS = {"tf32": 11, "bf16": 8}
-_SWITCHES = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}  # type: ignore[attr-defined]
 
 
 def operand_bits(device: torch.device) -> int:
     """Significant bits that the library may round float32 operands to; 24 where it may not."""
-    switch = _SWITCHES.get(device.type)
-    return 24 if switch is None else _BITS.get(switch.fp32_precision, 24)
+    return _BITS.get(getattr(traits(device).float32_switch, "fp32_precision", "ieee"), 24)
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor, *, overwrite: bool = False) -> None:

@@ -39,7 +39,7 @@ class TorchBackend(Backend):
 
     def gemm_scratch_bytes(self, dtype: torch.dtype, device: torch.device) -> int:
         """Temporary memory of the GEMMs alone."""
-        return 4 * UPCAST_BYTES if _upcasts(dtype, device) else 0
+        return 2 * UPCAST_BYTES if _upcasts(dtype, device) else 0
 
     # -- GEMMs -------------------------------------------------------------------------------------------------------
 
