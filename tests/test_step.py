@@ -86,7 +86,7 @@ def updaters(tmp_path_factory):
         {"loss_type": "grpo", "beta": 0.3, "epsilon_high": 0.4},
         {"loss_type": "dapo", "entropy_coef": 0.2},
         {"loss_type": "dapo", "importance_sampling_mode": "sequence_mask"},
-        {"loss_type": "cispo", "temperature": 0.7},
+        {"loss_type": "cispo", "epsilon_high": 1.25, "temperature": 0.7},
         {"loss_type": "gmpo"},
     ],
     ids=lambda loss: "-".join(map(str, loss.values())),
