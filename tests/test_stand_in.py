@@ -231,6 +231,18 @@ def test_waits() -> None:
         assert needs_every_row(config) or couples_tokens(config, has_old=False) or len(device.waits) == 1
 
 
+def test_tokens_are_gathered_once_a_call() -> None:
+    """A12: not once a tile: the host of a small head has no time for it."""
+    case = make_case(7, (22, 21, 14), dtype=torch.bfloat16)
+    config = LossConfig(beta=0.1, importance_sampling_mode="token_truncate")
+    counts = []
+    for rows in (16, 64):
+        with stand_in(tile_rows=TILE) as device:
+            run(case, config, backend=BACKEND, workspace_bytes=workspace(97, torch.bfloat16, rows=rows))
+        counts.append(device.operators["index.Tensor"])
+    assert counts[0] == counts[1] > 0
+
+
 def test_ignored_targets() -> None:
     """-100 among the targets, no mask: masked, on the device as elsewhere."""
     case = make_case(8, LENGTHS, dtype=torch.bfloat16, masked_fraction=0.3)
