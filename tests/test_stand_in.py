@@ -350,7 +350,7 @@ def test_an_error_in_a_row_function_leaves_the_callers_stream_current(monkeypatc
 
 
 def test_passes_share_a_stream() -> None:
-    """B12: one second stream a thread and device, as each has memory of its own."""
+    """B12: one second stream a device, as each has memory of its own."""
     with stand_in() as device:
         first, second = RowStream(CPU, 2), RowStream(CPU, 2)
         assert first.stream is second.stream
