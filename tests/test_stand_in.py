@@ -218,7 +218,8 @@ def test_waits() -> None:
         (LossConfig(entropy_coef=0.1), {"ignore_index": None}, 0),
         (LossConfig(entropy_coef=0.1), {}, 1),  # to leave out what is ignored
         (LossConfig(entropy_coef=0.1), {"ignore_index": None, "loss_mask": case.loss_mask}, 1),
-        (LossConfig(importance_sampling_level="sequence"), {"plan": "resident"}, 2),  # and sequences' rows
+        (LossConfig(importance_sampling_level="sequence"), {"plan": "resident"}, 1),  # sequences' rows
+        (LossConfig(importance_sampling_level="sequence", entropy_coef=0.1), {"ignore_index": None}, 1),
     ):
         leaves = case.leaves()
         with stand_in(tile_rows=TILE) as device:
