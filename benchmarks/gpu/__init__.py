@@ -4,7 +4,7 @@
     make gpu PART=floor                one part, or several: PART=floor,rows
     make gpu ARGS="--budget 540"       stop cleanly before nine minutes are over; again: go on
     make gpu ARGS=--again              measure what has been measured already (--retry: only what failed)
-    python -m benchmarks.gpu --stand-in --tiny --out DIR      the same code in about a minute, on a machine without a GPU
+    python -m benchmarks.gpu --stand-in --tiny --out DIR      the same code on a machine without a GPU, in a minute
 
 | part | what it leaves behind |
 |---|---|
@@ -20,8 +20,8 @@
 | `demo` | the trainer, a few steps |
 
 A part is a list of measurements. Each is written to `benchmarks/results/<device>/<part>.json` as soon as it is finished
-(store.py has the format), so that a killed run loses one. A measurement is done when it was made of the same sources, on
-the same device, driver, torch and triton; otherwise it is made again. A part runs in a process of its own: an illegal
-access ends that process, is written down, and the next measurement gets a new one. summary.py draws the table and the
+(store.py has the format), so that a killed run loses one. A measurement is done when it was made of the same sources,
+on the same device, driver, torch and triton; otherwise it is made again. A part runs in a process of its own: an
+illegal access ends that process, is written down, and the next measurement gets a new one. summary.py draws the table and the
 verdicts from the files alone. Nothing here needs a network.
 """

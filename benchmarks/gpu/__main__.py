@@ -1,4 +1,4 @@
-"""The command behind `make gpu`: runs the parts, each in a process of its own, within a budget, and draws the summary."""
+"""The command behind `make gpu`: runs the parts, each in a process of its own, within a budget; then the summary."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""A plugin of pytest (`-p benchmarks.gpu.noted_tests`) that writes each test's outcome to a file as soon as it is known.
+"""A plugin of pytest (`-p benchmarks.gpu.noted_tests`) that writes each test's outcome to a file as soon as it ends.
 
 Started again, it leaves out what that file has under the same stamp; it stops before the seconds that it is given are
 over, and at the first error that leaves the GPU's context unusable. A test that ended its process twice has failed.
-Lines of the file: {"stamp", "test", "outcome": began | passed | failed | skipped, "seconds", "report"}; the last one of a
-complete run has the test "complete".
+Lines of the file: {"stamp", "test", "outcome": began | passed | failed | skipped, "seconds", "report"}; the last one of
+a complete run has the test "complete".
 """
 
 from __future__ import annotations

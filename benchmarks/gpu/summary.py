@@ -92,9 +92,8 @@ def _tests(measurements: Mapping[str, Record]) -> Iterator[str]:
     for result in _results(measurements).values():
         first = next(iter(result["failures"]), None)
         tail = f"; first failure {first}" if first else ""
-        yield f"tests      {result['passed']} passed, {result['failed']} failed, {result['skipped']} skipped{tail}"[
-            :118
-        ]
+        counts = ", ".join(f"{result[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
+        yield f"tests      {counts}{tail}"[:118]
 
 
 def _floors(measurements: Mapping[str, Record]) -> Iterator[str]:
@@ -178,7 +177,8 @@ def _floor_targets(measurements: Mapping[str, Record]) -> Iterator[tuple[str, st
         half, full = (result["steps"].get(f"{name} at 2.5 GiB", {}).get("median") for name in ("half", "full"))
         if half and full:
             share = half / full
-            yield _mark(share <= HALF_TARGET), f"{result['model']} half of the groups: {share:.2f} of the dense time (<= {HALF_TARGET})"  # fmt: skip
+            words = f"{share:.2f} of the dense time (<= {HALF_TARGET})"
+            yield _mark(share <= HALF_TARGET), f"{result['model']} half of the groups at zero advantage: {words}"
 
 
 def _peer_targets(measurements: Mapping[str, Record]) -> Iterator[tuple[str, str]]:

@@ -1,7 +1,7 @@
 """The parts, in the order in which they run: `PARTS`. To add one, write a module with `tasks` and a row here.
 
-A part's `tasks(context)` says what is to be measured, the most telling first; each task's `run` returns a result that JSON
-can hold, raises `Skip` with the reason why it cannot run here, `Unfinished` if it wants to go on next time, or anything
+A part's `tasks(context)` says what is to be measured, the most telling first; each task's `run` returns a result that
+JSON can hold, raises `Skip` with the reason why it cannot run here, `Unfinished` if it wants to go on next time, or anything
 else if it failed.
 """
 

@@ -2,7 +2,7 @@
 
 Result of `<head>-<backend>`:
     gemms       {name: times}; each scenario's floor is the sum of the medians of those it needs
-    steps       {"<scenario> at <workspace>": times, floor (seconds), fraction (floor / median), errors, peak_bytes, ...}
+    steps       {"<scenario> at <workspace>": times, floor (seconds), fraction (floor / median), errors, ...}
 
 Result of `<head>-<backend>-parts`: the pieces that a full step is made of, each timed alone over all T rows, as the
 library calls them: logits (tiles), row functions, dHidden and dWeight (chunks); beside the step and its plain GEMMs.

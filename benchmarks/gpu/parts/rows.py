@@ -133,8 +133,8 @@ def _errors(
     log_p = torch.log_softmax(z, -1)
     logprobs = log_p.gather(1, chunk.targets[:n, None])[:, 0]
     entropy = -(log_p.exp() * log_p).sum(-1)
-    found = {name: float((values[:n] - exact).abs().max())
-             for name, values, exact in zip(("logprobs", "entropy"), statistics, (logprobs, entropy), strict=True)}  # fmt: skip
+    pairs = zip(("logprobs", "entropy"), statistics, (logprobs, entropy), strict=True)
+    found = {name: float((values[:n] - exact).abs().max()) for name, values, exact in pairs}
     assert slopes.e is not None
     total = (slopes.g[:n] * logprobs + slopes.e[:n] * entropy).sum()
     (expected,) = torch.autograd.grad(total, z, retain_graph=True)
