@@ -64,7 +64,7 @@ def _commit() -> tuple[str | None, bool | None, str]:
         return told, None, "GRPO_FAST_COMMIT"
     with suppress(OSError):
         return (REPO / "COMMIT").read_text().strip(), None, "the file COMMIT"
-    return None, None, "nobody: no git, no GRPO_FAST_COMMIT, no file COMMIT"
+    return None, None, "nothing: no git, no GRPO_FAST_COMMIT, no file COMMIT"
 
 
 def sources_digest() -> str:

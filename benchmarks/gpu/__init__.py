@@ -22,6 +22,6 @@
 A part is a list of measurements. Each is written to `benchmarks/results/<device>/<part>.json` as soon as it is finished
 (store.py has the format), so that a killed run loses one. A measurement is done when it was made of the same sources,
 on the same device, driver, torch and triton; otherwise it is made again. A part runs in a process of its own: an
-illegal access ends that process, is written down, and the next measurement gets a new one. summary.py draws the table and the
-verdicts from the files alone. Nothing here needs a network.
+illegal access ends that process, is written down, and the next measurement gets a new one. summary.py draws the table
+and the verdicts from the files alone. Nothing here needs a network.
 """

@@ -1,6 +1,6 @@
 """Timing side by side: contenders take turns, beginning one further every round; medians, with all that was seen.
 
-    results = contest(device, [Entry("gemm", ...), Entry("step", ...)], rounds=7)
+    results = contest(device, [Entry("gemm", ...), Entry("step", ...)], rounds=7, warm_ups=2)
     results["step"]["median"]
 
 Each result: median, min, max, n, seconds (all of them) and spread ((max - min) / median); or failed: the reason, for an
@@ -20,7 +20,6 @@ import torch
 
 from benchmarks.gpu.device import Device
 
-ROUNDS, WARM_UPS = 7, 2
 SLOW_SECONDS, SLOW_ROUNDS = 4.0, 3  # an action this slow is repeated less
 
 
@@ -65,8 +64,8 @@ def contest(
     device: Device,
     entries: Sequence[Entry],
     *,
-    rounds: int = ROUNDS,
-    warm_ups: int = WARM_UPS,
+    rounds: int,
+    warm_ups: int,
     queued: bool = False,
     cold: bool = False,
 ) -> dict[str, dict[str, Any]]:

@@ -33,10 +33,12 @@ class Device(ABC):
 
     Attributes:
         torch: where tensors live. stand_in: whether the numbers mean nothing.
+        slow: backends that take seconds a step here, and are only shown to run.
     """
 
     torch: torch.device
     stand_in: bool
+    slow: frozenset[str] = frozenset()
 
     @abstractmethod
     def facts(self) -> dict[str, Any]:
@@ -175,6 +177,7 @@ class StandIn(Device):
     """The CPU in a GPU's place (tests/stand_in.py): the library takes a GPU's branches, the times mean nothing."""
 
     stand_in = True
+    slow = frozenset({"triton"})  # the interpreter
 
     def __init__(self) -> None:
         self.torch = torch.device("cpu")

@@ -18,7 +18,7 @@ class Shapes:
         tokens: T of a step. workspaces: bytes, by the name that the tables show; the targets hold at the first.
         tuning_workspaces, tile_rows: what the second stream and the tiles are tried with.
         vocabs: of the row kernels. kernel_rows: rows that one timed action goes through, tile by tile.
-        rounds: timed runs of each contender.
+        rounds, warm_ups: timed and untimed runs of each contender.
     """
 
     tiny: bool
@@ -30,6 +30,7 @@ class Shapes:
     vocabs: tuple[int, ...]
     kernel_rows: int
     rounds: int
+    warm_ups: int
     models: tuple[Model, ...]
     sequences: int = 32
     demo_steps: int = 8
@@ -51,6 +52,7 @@ FULL = Shapes(
     vocabs=(151936, 128256, 50257, 256000),
     kernel_rows=4096,
     rounds=7,
+    warm_ups=2,
     models=(
         MODELS["Qwen3-8B"],
         MODELS["Qwen3-0.6B"],
@@ -64,16 +66,17 @@ FULL = Shapes(
 # A vocabulary that no vector length divides. Rows of 8 and 16 instead of 512 and 1024, workspaces of some such tiles.
 TINY = Shapes(
     tiny=True,
-    heads=(Model("tiny-4096", 32, 203), Model("tiny-2048", 24, 203), Model("tiny-1024", 16, 203)),
-    tokens=64,
+    heads=(Model("tiny-4096", 32, 203), Model("tiny-1024", 16, 203)),
+    tokens=48,
     workspaces={"2.5 GiB": 160 * 2**10, "1 GiB": 80 * 2**10, "0.25 GiB": 40 * 2**10},
     tuning_workspaces={"2.5 GiB": 160 * 2**10, "1 GiB": 80 * 2**10, "6 GiB": 320 * 2**10},
     tile_rows=(16, 32),
-    vocabs=(203,),
+    vocabs=(97,),
     kernel_rows=32,
     rounds=2,
+    warm_ups=0,
     models=(Model("tiny", 16, 203),),
     sequences=8,
     demo_steps=2,
-    run_shape=(64, 16, 203),
+    run_shape=(40, 16, 97),
 )

@@ -106,6 +106,11 @@ def peak_bound(batch: Batch, workspace: int) -> int:
     return workspace + case.gradient_bytes + accumulator + tokens * (14 * width + 400)
 
 
+def failures(found: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Which steps of a measurement failed, and why."""
+    return {name: str(numbers["failed"]) for name, numbers in found.items() if "failed" in numbers}
+
+
 def results(steps: list[Step], measured: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Facts and times of each step; one that was not timed has its reason."""
     return {step.name: {**step.facts, **measured.get(step.name, {})} for step in steps}

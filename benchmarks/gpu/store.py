@@ -1,6 +1,6 @@
 """The file of a part: its measurements by key, written anew, atomically, whenever one begins or ends.
 
-    {"schema": 1, "part": "floor", "machine": {...}, "measurements": {key: measurement}}
+    {"schema": 1, "part": "floor", "written": UNIX seconds, "machine": {...}, "measurements": {key: measurement}}
 
 machine: `machine.machine_facts()` and the device's own facts, of the process that wrote last. A measurement:
 
@@ -122,6 +122,7 @@ class Store:
         content = {
             "schema": SCHEMA,
             "part": self.part,
+            "written": time.time(),
             "machine": self.machine,
             "measurements": self.measurements,
         }

@@ -5,12 +5,12 @@ Written to summary.txt, and as Markdown (the same lines in a block) to summary.m
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.parts import PARTS
-from benchmarks.gpu.store import read, write_atomically
+from benchmarks.gpu.store import IDENTITY, read, write_atomically
 
 Record = dict[str, Any]
 FLOOR_TARGETS = {4096: 0.92, 2048: 0.88, 1024: 0.80}
@@ -23,6 +23,7 @@ PEER_TARGETS = {"TRL chunked": 1.3, "Liger fused": 5.0, "verl Triton": 1.0, "ver
 STREAM_GAIN = 0.05
 """Two streams must gain this much of the time, at the workspace that has room for them, to be kept."""
 TILE_GAIN = 0.02
+WIDTH = 130
 
 
 def write_summary(out: Path) -> str:
@@ -35,12 +36,19 @@ def write_summary(out: Path) -> str:
 
 def lines(out: Path) -> list[str]:
     files = {name: read(out / f"{name}.json") for name in PARTS}
-    made = {name: file["measurements"] for name, file in files.items()}
-    machines = [file["machine"] for file in files.values() if "machine" in file]
-    verdicts = list(targets(made))
-    missed = sum(mark == "MISS" for mark, _ in verdicts)
-    text = [*_head(machines), *_states(made), *_floors(made["floor"]), *_rows(made["rows"])]
-    text += [f"{mark:<5}{what}" for mark, what in verdicts]
+    written = sorted((file for file in files.values() if "machine" in file), key=lambda file: file["written"])
+    now = written[-1]["machine"] if written else {}
+    # What was made of other sources, or on another device, is history: it is counted and left out.
+    made, stale = {}, {}
+    for name, file in files.items():
+        measurements = file["measurements"]
+        same = {key: m for key, m in measurements.items() if all(m["origin"].get(i) == now.get(i) for i in IDENTITY)}
+        made[name], stale[name] = same, len(measurements) - len(same)
+    table = [*_floor_table(made["floor"]), *targets(made)]
+    verdicts = [mark for mark, _ in table if mark is not None]
+    missed = verdicts.count("MISS")
+    text = [*_head(now, stale), *_states(made), *_gemms(made["floor"]), *_rows(made["rows"])]
+    text += [f"{mark or '':<5}{what}".rstrip() for mark, what in table]
     text += [f"decide {what}" for what in decisions(made["tuning"])]
     open_ones = [name for name in PARTS if not made[name]]
     passed = len(verdicts) - missed
@@ -56,19 +64,21 @@ def _results(measurements: Mapping[str, Record]) -> dict[str, Any]:
 # -- what there is ----------------------------------------------------------------------------------------------------
 
 
-def _head(machines: Sequence[Record]) -> Iterator[str]:
-    if not machines:
+def _head(m: Record, stale: Mapping[str, int]) -> Iterator[str]:
+    if not m:
         yield "nothing has been measured yet"
         return
-    m = machines[0]
-    commit = str(m["commit"])[:12] + {True: " (changed)", False: "", None: " (changed or not: unknown)"}[m["dirty"]]
+    changed = {True: " with changes", False: "", None: ", changes unknown,"}[m["dirty"]]
+    commit = "unknown" if m["commit"] is None else f"{m['commit'][:12]}{changed}"
     yield f"{m['gpu']}, driver {m['driver']}, torch {m['torch']}, triton {m['triton']}"
-    yield f"commit {commit} says {m['commit_from']}, sources {m['sources']}"
+    yield f"commit {commit} (from {m['commit_from']}), sources {m['sources']}"
     if m["stand_in"]:
         yield "A STAND-IN, NO GPU: the times and verdicts below mean nothing"
-    others = {other["sources"] for other in machines} - {m["sources"]}
-    if others:
-        yield f"some parts are of other sources: {', '.join(sorted(others))}"
+    elif m["tiny"]:
+        yield "TINY SHAPES: the times and verdicts below mean nothing"
+    old = [f"{count} of {name}" for name, count in stale.items() if count]
+    if old:
+        yield f"left out, as made of other sources or versions: {', '.join(old)}"
 
 
 def _states(made: Mapping[str, Mapping[str, Record]]) -> Iterator[str]:
@@ -84,7 +94,16 @@ def _states(made: Mapping[str, Mapping[str, Record]]) -> Iterator[str]:
                 reason = (measurements[key].get("reason") or "?").strip().splitlines()[-1]
                 line += f"; {key}: {reason}"
                 break
-        yield line[:118]
+        else:
+            inner = [
+                (key, name, why)
+                for key, made in measurements.items()
+                for name, why in (made.get("result") or {}).get("failures", {}).items()
+            ]
+            if inner:
+                key, name, why = inner[0]
+                line += f"; {len(inner)} FAILED within, as {key}, {name}: {why}"
+        yield line[:WIDTH]
     yield from _tests(made["right"])
 
 
@@ -93,46 +112,54 @@ def _tests(measurements: Mapping[str, Record]) -> Iterator[str]:
         first = next(iter(result["failures"]), None)
         tail = f"; first failure {first}" if first else ""
         counts = ", ".join(f"{result[outcome]} {outcome}" for outcome in ("passed", "failed", "skipped"))
-        yield f"tests      {counts}{tail}"[:118]
+        yield f"tests      {counts}{tail}"[:WIDTH]
 
 
-def _floors(measurements: Mapping[str, Record]) -> Iterator[str]:
-    """Fractions of the floor by head and backend; columns are workspaces."""
-    header = False
+def _gemms(measurements: Mapping[str, Record]) -> Iterator[str]:
+    """The ceiling that the shares are of, and where a step's time goes."""
+    heads: dict[str, str] = {}
+    for result in _results(measurements).values():
+        if "gemm_tflops" in result:
+            rates = "/".join(f"{rate:.0f}" for rate in result["gemm_tflops"].values())
+            heads.setdefault(result["model"], rates)
+    if heads:
+        words = ", ".join(f"{model} {rates}" for model, rates in heads.items())
+        yield f"TFLOP/s of the library's logits/dHidden/dWeight GEMMs: {words}"[:WIDTH]
     for key, result in _results(measurements).items():
-        if "steps" not in result:
-            continue
-        if not header:
-            header = True
-            names = list(dict.fromkeys(name.split(" at ")[1] for name in result["steps"]))
-            yield f"{'share of the GEMM floor':<34}{'logits GEMM':>12}{'scenario':>13}" + "".join(
-                f"{name:>18}" for name in names
-            )
-        tflops = result["gemm_tflops"]["logits"]
-        scenarios = dict.fromkeys(name.split(" at ")[0] for name in result["steps"])
-        for number, scenario in enumerate(scenarios):
-            cells = []
-            for name in names:
-                step = result["steps"].get(f"{scenario} at {name}", {})
-                cells.append(
-                    f"{step['fraction']:.2f} {step['median'] * 1e3:7.1f} ms" if "fraction" in step else "failed"
-                )
-            left = f"{key:<34}{tflops:>8.0f} TF/s" if number == 0 else " " * 46
-            yield left + f"{scenario:>13}" + "".join(f"{cell:>18}" for cell in cells)
+        if "pieces" in result and result["rest_seconds"] is not None:
+            pieces = {name: result["times"][name].get("median", 0.0) for name in result["pieces"]}
+            words = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in pieces.items())
+            yield f"ms of a step, {key}: {words}, between them {result['rest_seconds'] * 1e3:.1f}"[:WIDTH]
 
 
 def _rows(measurements: Mapping[str, Record]) -> Iterator[str]:
-    """Row kernels: share of a copy's speed."""
-    for key, result in _results(measurements).items():
-        cells = []
-        for kernel in ("statistics", "gradient", "objective"):
-            numbers = result.get(kernel, {})
-            cells.append(
-                f"{kernel} {numbers['fraction']:.2f} ({numbers['gigabytes_per_second']:.0f} GB/s)"
-                if "fraction" in numbers
-                else f"{kernel} failed"
-            )
-        yield f"row kernels of a copy, {key}: {', '.join(cells)}"[:118]
+    """Row kernels as a share of a copy's speed: the first vocabulary's, and of the others the slowest."""
+    found = _results(measurements)
+    first = next(iter(found.values()))["vocab"] if found else None
+    for key, result in found.items():
+        if result["vocab"] == first:
+            cells = []
+            for kernel in ("statistics", "gradient", "objective"):
+                numbers = result.get(kernel, {})
+                cells.append(
+                    f"{kernel} {numbers['fraction']:.2f} ({numbers['gigabytes_per_second']:.0f} GB/s, {_spread(numbers)})"
+                    if "fraction" in numbers
+                    else f"{kernel} failed"
+                )
+            yield f"of a copy's speed, {key}: {', '.join(cells)}"[:WIDTH]
+    others = [
+        (result[kernel]["fraction"], f"{kernel} {key}")
+        for key, result in found.items()
+        for kernel in ("statistics", "gradient", "objective")
+        if result["vocab"] != first and "fraction" in result.get(kernel, {})
+    ]
+    if others:
+        yield f"of a copy's speed, other vocabularies: {min(others)[0]:.2f} ({min(others)[1]}) or more"
+
+
+def _spread(times: Mapping[str, Any]) -> str:
+    """Half of the distance from the fastest run to the slowest."""
+    return f"+-{times['spread'] / 2:.0%}"
 
 
 # -- verdicts ---------------------------------------------------------------------------------------------------------
@@ -140,11 +167,11 @@ def _rows(measurements: Mapping[str, Record]) -> Iterator[str]:
 
 def targets(made: Mapping[str, Mapping[str, Record]]) -> Iterator[tuple[str, str]]:
     """(PASS or MISS, what with its number)."""
-    yield from _floor_targets(made["floor"])
     yield from _peer_targets(made["scenarios"])
     yield from _memory_targets(made["memory"])
     for result in _results(made["right"]).values():
-        yield _mark(result["failed"] == 0), f"tests: {result['failed']} of {result['passed'] + result['failed']} failed"
+        ran = result["passed"] + result["failed"]
+        yield _mark(ran > 0 and result["failed"] == 0), f"tests: {result['failed']} of {ran} failed"
 
 
 def _mark(met: bool) -> str:
@@ -158,27 +185,42 @@ def _role(result: Record) -> int | None:
     return hidden if hidden in FLOOR_TARGETS else int(name) if name.isdigit() and int(name) in FLOOR_TARGETS else None
 
 
-def _floor_targets(measurements: Mapping[str, Record]) -> Iterator[tuple[str, str]]:
-    """One line a head, of the backend that comes first; every workspace in it."""
-    seen = set()
+def _floor_table(measurements: Mapping[str, Record]) -> Iterator[tuple[str | None, str]]:
+    """(PASS, MISS or None, line): shares of the GEMM floor by head and scenario; columns are workspaces.
+
+    The targets are the first backend's; of the others the full step is shown.
+    """
+    judged = set()
     for result in _results(measurements).values():
-        role = _role(result) if "steps" in result else None
-        if role is None or (role, result["vocab"]) in seen:
+        if "steps" not in result:
             continue
-        seen.add((role, result["vocab"]))
-        aims = {"full": FLOOR_TARGETS[role], "frozen_head": FLOOR_TARGETS[role], "no_grad": NO_GRAD_TARGET}
-        for scenario, aim in aims.items():
-            met, words = True, []
-            for label, allowance in ALLOWANCE.items():
-                fraction = result["steps"].get(f"{scenario} at {label}", {}).get("fraction", 0.0)
-                met = met and fraction >= aim - allowance
-                words.append(f"{fraction:.3f} (>= {aim - allowance:.2f} at {label})")
-            yield _mark(met), f"{result['model']} {result['backend']} {scenario}: {', '.join(words)}"
-        half, full = (result["steps"].get(f"{name} at 2.5 GiB", {}).get("median") for name in ("half", "full"))
-        if half and full:
-            share = half / full
-            words = f"{share:.2f} of the dense time (<= {HALF_TARGET})"
-            yield _mark(share <= HALF_TARGET), f"{result['model']} half of the groups at zero advantage: {words}"
+        labels = list(dict.fromkeys(name.split(" at ")[1] for name in result["steps"]))
+        if not judged:
+            head = f"{'share of the GEMM floor of the same run':<45}" + "".join(f"{label:>21}" for label in labels)
+            yield None, head + "  aims"
+        role, head_shape = _role(result), (result["hidden"], result["vocab"])
+        first = head_shape not in judged
+        judged.add(head_shape)
+        scenarios = dict.fromkeys(name.split(" at ")[0] for name in result["steps"])
+        for scenario in scenarios if first else ("full",):
+            steps = {label: result["steps"].get(f"{scenario} at {label}", {}) for label in labels}
+            cells = [
+                f"{step['fraction']:.3f} {step['median'] * 1e3:.1f}ms {_spread(step)}"
+                if "fraction" in step
+                else "failed"
+                for step in steps.values()
+            ]
+            aim = None if scenario == "half" or role is None else FLOOR_TARGETS[role]
+            aim = NO_GRAD_TARGET if scenario == "no_grad" else aim
+            aims = {label: aim - ALLOWANCE.get(label, 0.0) for label in labels} if aim is not None and first else {}
+            met = all(steps[label].get("fraction", 0.0) >= least for label, least in aims.items())
+            name = f"{result['model']} {result['backend']} {scenario}"
+            line = f"{name:<40}" + "".join(f"{cell:>21}" for cell in cells)
+            yield _mark(met) if aims else None, line + ("  " + " ".join(f"{least:.2f}" for least in aims.values()))
+        half, full = (result["steps"].get(f"{name} at {labels[0]}", {}).get("median") for name in ("half", "full"))
+        if half and full and first:
+            words = f"{half / full:.2f} of the dense time (<= {HALF_TARGET})"
+            yield _mark(half / full <= HALF_TARGET), f"{result['model']} half of the groups at zero advantage: {words}"
 
 
 def _peer_targets(measurements: Mapping[str, Record]) -> Iterator[tuple[str, str]]:
@@ -210,28 +252,37 @@ def _memory_targets(measurements: Mapping[str, Record]) -> Iterator[tuple[str, s
 
 
 def decisions(measurements: Mapping[str, Record]) -> Iterator[str]:
-    """What the tuning says of the second stream and of tile rows, over all heads."""
-    gains: dict[str, list[float]] = {}
-    tiles: dict[str, list[float]] = {}
+    """What the tuning says of the second stream and of tile rows; gains are shares of the time."""
+    streams: dict[str, dict[str, float]] = {}
+    tiles: dict[str, dict[str, float]] = {}
     for result in _results(measurements).values():
+        where = f"H {result['hidden']} {result['scenario']}"
         steps = {tuple(name.split(", ")): numbers for name, numbers in result["steps"].items() if "median" in numbers}
-        all_rows = list(dict.fromkeys(rows for _, rows, _ in steps))
+        smallest = next((rows for _, rows, _ in steps), "")
         for (workspace, rows, stream), numbers in steps.items():
-            one = steps.get((workspace, rows, "one stream"))
-            if stream == "two streams" and one is not None and numbers.get("budget", {}).get("num_buffers", 1) > 1:
-                gains.setdefault(workspace, []).append(1 - numbers["median"] / one["median"])
-            small = steps.get((workspace, all_rows[0], stream))
-            if stream == "one stream" and rows != all_rows[0] and small is not None:
-                tiles.setdefault(workspace, []).append(1 - numbers["median"] / small["median"])
-    if gains:
-        best = max(gains, key=lambda name: sum(gains[name]) / len(gains[name]))
-        mean = sum(gains[best]) / len(gains[best])
-        keep = "keep" if mean >= STREAM_GAIN else "remove"
-        words = ", ".join(f"{name}: {min(g):+.1%} to {max(g):+.1%}" for name, g in gains.items())
-        yield f"second stream gains {mean:.1%} at best ({words}): {keep} (keep from {STREAM_GAIN:.0%})"
+            budget = numbers["budget"]
+            one, small = (steps.get(key) for key in ((workspace, rows, "one stream"), (workspace, smallest, stream)))
+            if stream == "two streams" and one is not None and budget["num_buffers"] > 1:
+                streams.setdefault(f"{workspace}, {rows}", {})[where] = 1 - numbers["median"] / one["median"]
+            as_asked = budget["tile_rows"] == int(rows.split()[0])  # a small workspace has no room for large tiles
+            if stream == "one stream" and rows != smallest and small is not None and as_asked:
+                tiles.setdefault(f"{rows} at {workspace}", {})[where] = 1 - numbers["median"] / small["median"]
+    if streams:
+        best = max(streams, key=lambda name: _mean(streams[name]))
+        yield f"second stream at {best}: {_gains(streams[best])}"
+        keep = "keep" if _mean(streams[best]) >= STREAM_GAIN else "remove"
+        yield f"second stream gains {_mean(streams[best]):.1%} at best ({best}): {keep} (keep from {STREAM_GAIN:.0%})"
     elif measurements:
         yield "second stream: no workspace had room for two buffers"
-    for name, gained in tiles.items():
-        mean = sum(gained) / len(gained)
-        choice = "larger" if mean >= TILE_GAIN else "smaller" if mean <= -TILE_GAIN else "either"
-        yield f"tile rows at {name}: the larger gains {mean:+.1%} ({min(gained):+.1%} to {max(gained):+.1%}): {choice}"
+    for name, gains in tiles.items():
+        mean = _mean(gains)
+        choice = "take them" if mean >= TILE_GAIN else "do not" if mean <= -TILE_GAIN else "either"
+        yield f"tiles of {name}: {_gains(gains)}: {choice}"
+
+
+def _mean(gains: Mapping[str, float]) -> float:
+    return sum(gains.values()) / len(gains)
+
+
+def _gains(gains: Mapping[str, float]) -> str:
+    return ", ".join(f"{where} {gain:+.1%}" for where, gain in gains.items())

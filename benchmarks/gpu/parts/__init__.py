@@ -1,20 +1,21 @@
 """The parts, in the order in which they run: `PARTS`. To add one, write a module with `tasks` and a row here.
 
 A part's `tasks(context)` says what is to be measured, the most telling first; each task's `run` returns a result that
-JSON can hold, raises `Skip` with the reason why it cannot run here, `Unfinished` if it wants to go on next time, or anything
-else if it failed.
+JSON can hold, raises `Skip` with the reason why it cannot run here, `Unfinished` if it wants to go on next time, or
+anything else if it failed.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.contest import Entry, contest
 from benchmarks.gpu.device import Device
 from benchmarks.gpu.shapes import Shapes
 from benchmarks.machine import REPO
@@ -51,6 +52,7 @@ class Context:
 
     Attributes:
         out: the folder of the results. python: the interpreter for what a part starts.
+        notes: `stamp`, what a measurement of this run is of.
     """
 
     device: Device
@@ -59,6 +61,10 @@ class Context:
     clock: Clock
     python: str = sys.executable
     notes: dict[str, Any] = field(default_factory=dict)
+
+    def contest(self, entries: Sequence[Entry], **options: bool) -> dict[str, dict[str, Any]]:
+        """`contest.contest` with this run's rounds; options: `queued`, `cold`."""
+        return contest(self.device, entries, rounds=self.shapes.rounds, warm_ups=self.shapes.warm_ups, **options)
 
     def workspace(self, backend: str, vocab: int, num_bytes: int) -> int:
         """A cap: as it stands; of tiny shapes, beside what a backend's scratch takes, which does not shrink with V."""
@@ -70,10 +76,11 @@ class Context:
 
         return num_bytes + get_backend(backend).scratch_bytes(vocab, torch.bfloat16, self.device.torch)
 
-    def backends(self, *names: str) -> list[str]:
-        """Those of the names that run here, in that order (none: all)."""
+    def backends(self, *names: str, slow: bool = False) -> list[str]:
+        """Those of the names that run here, in that order (none: all); slow ones if asked for."""
         present = [name for name, why in self.device.backends().items() if why is None]
-        return [name for name in (names or present) if name in present]
+        left_out = frozenset() if slow else self.device.slow
+        return [name for name in (names or present) if name in present and name not in left_out]
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 
 from benchmarks.cases import SCENARIOS, Batch, Model
-from benchmarks.gpu.contest import Entry, contest
+from benchmarks.gpu.contest import Entry
 from benchmarks.gpu.exact import Exact
 from benchmarks.gpu.parts import Context, Task
 from benchmarks.gpu.parts.rows import objective_of
-from benchmarks.gpu.step import Step, batch_of, gemm_entries, results, variant
+from benchmarks.gpu.step import Step, batch_of, failures, gemm_entries, results, variant
 from grpo_fast.config import HeadConfig
 from grpo_fast.ops.backend import RowChunk, Transform, get_backend
 from grpo_fast.ops.planner import row_budget
@@ -59,9 +59,8 @@ def all_steps(context: Context, model: Model, backend: str) -> dict[str, Any]:
             step.prepare(context, exact)
             steps.append(step)
         del exact
-    sound = [step for step in steps if "failed" not in step.facts]
     gemms = gemm_entries(batch)
-    measured = contest(context.device, [*gemms, *(step.entry() for step in sound)], rounds=context.shapes.rounds)
+    measured = context.contest([*gemms, *(step.entry() for step in steps if "failed" not in step.facts)])
     found = results(steps, measured)
     medians = {gemm.name: measured[gemm.name]["median"] for gemm in gemms}
     for step in steps:
@@ -80,6 +79,7 @@ def all_steps(context: Context, model: Model, backend: str) -> dict[str, Any]:
         "gemms": {name: measured[name] for name in medians},
         "gemm_tflops": {name: batch.case.gemm_flops / seconds / 1e12 for name, seconds in medians.items()},
         "steps": found,
+        "failures": failures(found),
     }
 
 
@@ -91,17 +91,24 @@ def parts_of_step(context: Context, model: Model, backend: str) -> dict[str, Any
     pieces = _pieces(context, batch, engine, budget)
     step = Step("step", batch, backend, {"workspace_bytes": size})
     entries = [*gemm_entries(batch), *(Entry(name, run) for name, run in pieces.items()), step.entry()]
-    measured = contest(context.device, entries, rounds=context.shapes.rounds)
+    measured = context.contest(entries)
     known = sum(measured[name].get("median", 0.0) for name in pieces)
     rest = measured["step"]["median"] - known if "median" in measured["step"] else None
-    return {"budget": budget._asdict(), "times": measured, "pieces": list(pieces), "rest_seconds": rest}
+    return {
+        "budget": budget._asdict(),
+        "times": measured,
+        "pieces": list(pieces),
+        "rest_seconds": rest,
+        "failures": failures(measured),
+    }
 
 
 def _pieces(context: Context, batch: Batch, engine: Any, budget: Any) -> dict[str, Callable[[], None]]:
     """Name: all T rows of one kind of work, in the tiles and chunks of `budget`."""
     model, device = batch.case.model, context.device.torch
     hidden, weight = batch.hidden.detach(), batch.weight.detach()
-    tile, tokens, pitch = budget.tile_rows, hidden.shape[0], engine.row_pitch(model.vocab)
+    tokens, pitch = hidden.shape[0], engine.row_pitch(model.vocab)
+    tile = min(budget.tile_rows, tokens)
     chunk = min(budget.rows_at_once, -(-tokens // tile) * tile)
     logits = torch.empty(tile, pitch, device=device)[:, : model.vocab]
     dx = torch.empty(chunk, pitch, device=device, dtype=torch.bfloat16)[:, : model.vocab]

@@ -14,7 +14,7 @@ from benchmarks.baselines.implementations import own
 from benchmarks.cases import Batch, Model
 from benchmarks.gpu.contest import complaint
 from benchmarks.gpu.parts import Context, Task
-from benchmarks.gpu.step import batch_of, peak_bound, variant
+from benchmarks.gpu.step import batch_of, failures, peak_bound, variant
 
 PLANS = {
     "single_pass": "full",
@@ -52,7 +52,13 @@ def peaks(context: Context, model: Model, backend: str, times: int) -> dict[str,
             found[f"{plan} at {label}"] = _peak(
                 context, inputs, backend, plan, context.workspace(backend, model.vocab, size)
             )
-    return {"model": model.name, "backend": backend, "tokens": batch.case.tokens, "peaks": found}
+    return {
+        "model": model.name,
+        "backend": backend,
+        "tokens": batch.case.tokens,
+        "peaks": found,
+        "failures": failures(found),
+    }
 
 
 def _peak(context: Context, batch: Batch, backend: str, plan: str, workspace: int) -> dict[str, Any]:

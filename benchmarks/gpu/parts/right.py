@@ -44,6 +44,8 @@ def run_tests(context: Context) -> dict[str, Any]:
         if done.returncode in (2, 3, 4) and not found:
             raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: see the output above")
         if found.get("complete"):
+            if not _counts(found):
+                raise RuntimeError(f"{' '.join(command)} found no test")
             return summary(found)
     raise RuntimeError(f"{PROCESSES} processes ended in the middle of the tests: {_progress(outcomes(log, stamp))}")
 

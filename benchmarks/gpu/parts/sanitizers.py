@@ -28,7 +28,7 @@ def find() -> str | None:
 
 def tasks(context: Context) -> Iterable[Task]:
     for tool in TOOLS:
-        for backend in context.backends("triton", "cuda"):
+        for backend in context.backends("triton", "cuda", slow=True):
             yield Task(f"{backend}-{tool}", 100, _task(context, backend, tool))
 
 

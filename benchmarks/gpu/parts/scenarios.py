@@ -38,4 +38,5 @@ def beside_competitors(context: Context, case: Case) -> dict[str, Any]:
         measurement.round()
     record = measurement.record()
     print(text_table(record))
-    return record
+    own = [c for c in record["contenders"] if c["name"].startswith("grpo-fast") and c["status"] == "failed"]
+    return record | {"failures": {c["name"]: c["reason"] for c in own}}
