@@ -128,7 +128,7 @@ def _gemms(measurements: Mapping[str, Record]) -> Iterator[str]:
     for key, result in _results(measurements).items():
         if "pieces" in result and result["rest_seconds"] is not None:
             pieces = {name: result["times"][name].get("median", 0.0) for name in result["pieces"]}
-            words = ", ".join(f"{name} {seconds * 1e3:.1f}" for name, seconds in pieces.items())
+            words = ", ".join(f"{name.split()[0]} {seconds * 1e3:.1f}" for name, seconds in pieces.items())
             yield f"ms of a step, {key}: {words}, between them {result['rest_seconds'] * 1e3:.1f}"[:WIDTH]
 
 
@@ -141,11 +141,11 @@ def _rows(measurements: Mapping[str, Record]) -> Iterator[str]:
             cells = []
             for kernel in ("statistics", "gradient", "objective"):
                 numbers = result.get(kernel, {})
-                cells.append(
-                    f"{kernel} {numbers['fraction']:.2f} ({numbers['gigabytes_per_second']:.0f} GB/s, {_spread(numbers)})"
-                    if "fraction" in numbers
-                    else f"{kernel} failed"
-                )
+                cell = "failed"
+                if "fraction" in numbers:
+                    rate = f"{numbers['gigabytes_per_second']:.0f} GB/s, {_spread(numbers)}"
+                    cell = f"{numbers['fraction']:.2f} ({rate})"
+                cells.append(f"{kernel} {cell}")
             yield f"of a copy's speed, {key}: {', '.join(cells)}"[:WIDTH]
     others = [
         (result[kernel]["fraction"], f"{kernel} {key}")
@@ -155,6 +155,12 @@ def _rows(measurements: Mapping[str, Record]) -> Iterator[str]:
     ]
     if others:
         yield f"of a copy's speed, other vocabularies: {min(others)[0]:.2f} ({min(others)[1]}) or more"
+
+
+def _cell(step: Record) -> str:
+    if "fraction" not in step:
+        return "failed"
+    return f"{step['fraction']:.3f} {step['median'] * 1e3:.1f}ms {_spread(step)}"
 
 
 def _spread(times: Mapping[str, Any]) -> str:

@@ -140,8 +140,8 @@ def _pieces(context: Context, batch: Batch, engine: Any, budget: Any) -> dict[st
             engine.grad_weight(dx[: part.shape[0]], part, grad_weight, grad_weight)
 
     return {
-        "logits in tiles": products,
-        "row functions": rows_only,
-        "grad_hidden in chunks": hidden_gradient,
-        "grad_weight in chunks": weight_gradient,
+        "logits tiles": products,
+        "rows": rows_only,
+        "dHidden chunks": hidden_gradient,
+        "dWeight chunks": weight_gradient,
     }
