@@ -1,5 +1,6 @@
 # make demo    train SmolLM2-135M to add, on this machine's CPU or GPU
 # make test    the whole test suite
+# make test-oldest, make test-newest    its core with every lower bound, and with the newest torch; 5 GB each
 # make lint    ruff and mypy
 # make gpu     what a GPU shows of this library, part by part; again: what is left; PART=floor,rows BUDGET=540 ARGS=--again
 # make bench   this library against its competitors, a quarter of an hour on two cores; OUT=dir for the JSON and the report
@@ -13,7 +14,7 @@ RUN := runs/demo
 OUT ?= runs/bench
 PYTEST_ARGS ?=
 
-.PHONY: help venv demo test bench gpu lint format clean
+.PHONY: help venv demo test test-oldest test-newest bench gpu lint format clean
 
 help:
 	@sed -n 's/^# \(make\|PYTHON\)/\1/p' Makefile
@@ -50,6 +51,31 @@ demo: $(VENV)/.stamp-demo
 test: venv
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical tests/interpreted
+
+# The two ends of what is supported, each in an environment of its own: constraints-oldest.txt holds the lower bounds of
+# pyproject.toml, constraints-newest.txt the newest torch and triton that were tried. What depends on their versions: every
+# loss on every backend against float64, compiled callers, models and the trainer, kernels under Triton's interpreter.
+CORE := loss edges clamp reference rows cpu_backend triton_backend head attention doctor advantages config step trainer \
+	checkpoint rollout resume logging
+CORE := $(CORE:%=tests/test_%.py) $(wildcard tests/test_random.py) tests/test_csrc.py::test_objective_is_autograds
+CORE_INTERPRETED := tests/interpreted/test_losses.py tests/interpreted/test_rows.py
+
+# The first of these Pythons that is there (PYENV_VERSION: where pyenv has several, a name alone finds none), or $(PYTHON).
+first_python = $(or $(firstword $(foreach v,$1,$(shell PYENV_VERSION=$v python$v -c 'import sys; print(sys.executable)' \
+	2>/dev/null))),$(PYTHON))
+PYTHON_oldest ?= $(call first_python,3.10 3.12)
+PYTHON_newest ?= $(call first_python,3.11)
+
+.venv-%/.stamp: constraints-%.txt $(INPUTS)
+	test -x .venv-$*/bin/python || $(PYTHON_$*) -m venv .venv-$* || { rm -rf .venv-$*; exit 1; }
+	@# The variable, unlike -c, reaches the environment that the extension is built in.
+	PIP_CONSTRAINT=$(CURDIR)/$< .venv-$*/bin/python -m pip --disable-pip-version-check install -q \
+		-e '.[train]' triton pytest pytest-xdist
+	@touch $@
+
+test-oldest test-newest: test-%: .venv-%/.stamp
+	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n logical $(CORE) $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n logical $(CORE_INTERPRETED)
 
 # All threads, and nothing else on the machine. More: pytest benchmarks/test_loss.py, benchmarks/test_growth.py.
 bench: $(VENV)/.stamp-bench

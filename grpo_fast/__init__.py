@@ -1,7 +1,25 @@
 """grpo-fast: the GRPO family of losses straight from hidden states and LM head, and a thin trainer.
 
-The rooms are imported by name (`from grpo_fast.loss import grpo_loss`): importing the package itself loads nothing, and
-a trainer that only wants the loss never loads transformers.
+    from grpo_fast import grpo_loss, token_logprobs, policy_loss, LossConfig, HeadConfig, Head
+
+Importing the package loads nothing; a name brings its room, and these need torch only.
 """
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from grpo_fast.config import HeadConfig, LossConfig
+    from grpo_fast.head import Head, head_of
+    from grpo_fast.loss import grpo_loss, policy_loss, token_logprobs
+
 __version__ = "0.1.0"
+__all__ = ["Head", "HeadConfig", "LossConfig", "grpo_loss", "head_of", "policy_loss", "token_logprobs"]
+
+_ROOMS = {"Head": "head", "head_of": "head", "HeadConfig": "config", "LossConfig": "config"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_ROOMS.get(name, 'loss')}"), name)

@@ -24,10 +24,10 @@ def aggregation_name(config: LossConfig) -> str:
 
 
 def default_normalizer(config: LossConfig, mask: Tensor, segments: Segments) -> Tensor:
-    """The denominator that `normalizer` replaces: S, sum of m, or S * C; at least 1. 0-dim."""
+    """The denominator that `normalizer` replaces, where it is at least 1: S, sum of m, or S * C. 0-dim."""
     if config.loss_type in TOKEN_MEAN:
-        return mask.sum().clamp(min=1)
-    denominator = max(segments.num_sequences, 1)
+        return mask.sum()
+    denominator = segments.num_sequences
     if config.loss_type == "dr_grpo":
         assert config.max_completion_length is not None
         denominator *= config.max_completion_length
@@ -50,7 +50,7 @@ def token_weights(
             step is split into micro-batches.
     """
     if normalizer is None:
-        normalizer = default_normalizer(config, mask, segments)
+        normalizer = default_normalizer(config, mask, segments).clamp(min=1)
     weights = mask.to(dtype) / normalizer
     if config.loss_type in SEQUENCE_MEAN:
         lengths = segments.sum(mask).clamp(min=1).to(dtype)

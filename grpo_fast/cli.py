@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from grpo_fast import __version__
+from grpo_fast.install import install_command
 
 _EPILOG = """\
 examples:
@@ -43,7 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"grpo-fast {__version__}")
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--debug", action="store_true", help="show tracebacks of errors and warnings of libraries")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     train = commands.add_parser(
         "train",
@@ -92,7 +93,11 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return 0
     _quiet_libraries(arguments.debug)
     from grpo_fast.trainer.errors import Interrupted, NonFiniteError, UserError
 
@@ -118,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.debug or not package or package == "grpo_fast" or importlib.util.find_spec(package) is not None:
             raise
         extra = _EXTRAS.get(package, "train")
-        print(f"error: {package} is not installed; run pip install 'grpo-fast[{extra}]'", file=sys.stderr)
+        print(f"error: {package} is not installed; run {install_command(extra)}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if arguments.debug or "out of memory" not in str(error).lower():

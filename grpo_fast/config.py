@@ -146,6 +146,11 @@ class LossConfig:
                 "importance_sampling_mode: vespo expects token_truncate, token_mask or None; "
                 f"got {self.importance_sampling_mode!r}"
             )
+        if self.loss_type == "cispo" and self.epsilon_high is None:
+            raise ValueError(
+                "epsilon_high: expected a number, as cispo bounds the ratio by it, not by 1 + it (MiniMax-M1: 5); "
+                f"got None (TRL then takes epsilon, {self.epsilon})"
+            )
         low, high = self.importance_sampling_clip_min, self.importance_sampling_clip_max
         if low is not None and high is not None and low > high:
             raise ValueError(

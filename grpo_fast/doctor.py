@@ -1,6 +1,7 @@
 """`grpo-fast doctor`: what is installed, which backends work here, why others do not, and whether the former are right.
 
-Right means: loss, logprobs and every gradient of a small head agree with the float64 oracle (`grpo_fast.reference`).
+Right means: loss, logprobs and every gradient of a small head agree with the float64 oracle (`grpo_fast.reference`), in
+float32, bfloat16 and float16, in one chunk of rows and in several, whose dWeight products add up.
 """
 
 from __future__ import annotations
@@ -18,13 +19,16 @@ from torch import Tensor
 
 from grpo_fast import __version__
 from grpo_fast.config import HeadConfig, LossConfig
+from grpo_fast.install import install_command
 from grpo_fast.loss import grpo_loss
 from grpo_fast.ops import cpu_backend, cuda_backend
 from grpo_fast.ops.backend import backend_names, get_backend, resolve_backend
+from grpo_fast.ops.planner import MIN_TILE_ROWS
 from grpo_fast.reference import reference_loss
 
-BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2}
+BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 """Relative RMS error that a result in this dtype may have: a few roundings. Losses and logprobs are always float32."""
+NUM_TOKENS, WIDTH, VOCAB = 48, 64, 1003
 CONFIG = LossConfig(beta=0.05, entropy_coef=0.01)
 HEAD = HeadConfig(softcap=20.0)
 
@@ -61,19 +65,25 @@ def examine(name: str, device: torch.device) -> Verdict:
         return Verdict(name, None, reason)
     start, worst = time.perf_counter(), []
     for dtype in BOUNDS:
-        try:
-            errors = compare(name, device, dtype)
-        except Exception as trouble:  # whatever a broken installation throws is what the report is for
-            return Verdict(name, False, f"{dtype}: {type(trouble).__name__}: {trouble}")
-        for what, (error, bound) in errors.items():
-            if not error <= bound:
-                return Verdict(name, False, f"{dtype}: {what} is off by {error:.1e} (at most {bound:.0e} is rounding)")
-        largest = max(error for error, _ in errors.values())
+        largest = 0.0
+        for several in (False, True):
+            where = f"{dtype}, {'several chunks' if several else 'one chunk'}"
+            try:
+                errors = compare(name, device, dtype, several_chunks=several)
+            except Exception as trouble:  # whatever a broken installation throws is what the report is for
+                return Verdict(name, False, f"{where}: {type(trouble).__name__}: {trouble}")
+            for what, (error, bound) in errors.items():
+                if not error <= bound:
+                    rounding = f"at most {bound:.0e} is rounding"
+                    return Verdict(name, False, f"{where}: {what} is off by {error:.1e} ({rounding})")
+            largest = max(largest, *(error for error, _ in errors.values()))
         worst.append(f"{largest:.0e} in {str(dtype).removeprefix('torch.')}")
     return Verdict(name, True, f"off by at most {', '.join(worst)} ({time.perf_counter() - start:.1f} s)")
 
 
-def compare(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, tuple[float, float]]:
+def compare(
+    name: str, device: torch.device, dtype: torch.dtype, *, several_chunks: bool = False
+) -> dict[str, tuple[float, float]]:
     """Relative RMS errors of loss, logprobs and gradients against the oracle on the same inputs, with their bounds."""
     given = _inputs(device, dtype)
     ours, exact = (_leaves(given, kind) for kind in (dtype, torch.float64))
@@ -89,6 +99,7 @@ def compare(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, tu
         cu_seqlens=given["cu_seqlens"],
         old_logprobs=given["old_logprobs"],
         ref_logprobs=given["ref_logprobs"],
+        workspace_bytes=least_workspace_bytes(name, dtype, device) if several_chunks else None,
     )
     out.loss.backward()
     oracle = reference_loss(
@@ -109,6 +120,13 @@ def compare(name: str, device: torch.device, dtype: torch.dtype) -> dict[str, tu
     return {key: (_relative_rms(actual, expected), BOUNDS[actual.dtype]) for key, actual, expected in pairs}
 
 
+def least_workspace_bytes(name: str, dtype: torch.dtype, device: torch.device) -> int:
+    """The smallest workspace that the backend takes for these inputs: a third of their rows at a time."""
+    backend = get_backend(name)
+    logit_bytes = max(4, dtype.itemsize) + dtype.itemsize * backend.stages_dx
+    return backend.scratch_bytes(VOCAB, dtype, device) + MIN_TILE_ROWS * backend.row_pitch(VOCAB) * logit_bytes
+
+
 def _inputs(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     """Four sequences of packed tokens, a vocabulary that no vector length divides; the same on every device."""
     generator = torch.Generator().manual_seed(0)
@@ -116,17 +134,16 @@ def _inputs(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     def normal(*shape: int, scale: float = 1.0) -> Tensor:
         return (scale * torch.randn(*shape, generator=generator)).to(device)
 
-    num_tokens, width, vocab = 48, 64, 1003
-    logprobs = normal(num_tokens, scale=0.5) - 9.0  # about what the logits give: some ratios are clipped
+    logprobs = normal(NUM_TOKENS, scale=0.5) - 9.0  # about what the logits give: some ratios are clipped
     return {
-        "hidden": normal(num_tokens, width, scale=0.3).to(dtype),
-        "weight": normal(vocab, width).to(dtype),
-        "bias": normal(vocab, scale=0.5).to(dtype),
-        "targets": torch.randint(0, vocab, (num_tokens,), generator=generator).to(device),
+        "hidden": normal(NUM_TOKENS, WIDTH, scale=0.3).to(dtype),
+        "weight": normal(VOCAB, WIDTH).to(dtype),
+        "bias": normal(VOCAB, scale=0.5).to(dtype),
+        "targets": torch.randint(0, VOCAB, (NUM_TOKENS,), generator=generator).to(device),
         "advantages": normal(4),
-        "cu_seqlens": torch.tensor([0, 13, 14, 30, num_tokens], device=device),
+        "cu_seqlens": torch.tensor([0, 13, 14, 30, NUM_TOKENS], device=device),
         "old_logprobs": logprobs,
-        "ref_logprobs": logprobs + normal(num_tokens, scale=0.1),
+        "ref_logprobs": logprobs + normal(NUM_TOKENS, scale=0.1),
     }
 
 
@@ -157,16 +174,29 @@ def _installed() -> list[str]:
     versions.append("no triton" if triton is None else f"triton {triton}")
     native: Any = cpu_backend.native()
     lines = [", ".join(versions)]
-    lines.append(
-        "grpo_fast._C: not built" if native is None else f"grpo_fast._C: built, {native.isa()} instructions here"
-    )
+    if native is None:
+        lines.append("grpo_fast._C: not built (the backend's line below says why)")
+    else:
+        lines.append(f"grpo_fast._C: built, {native.isa()} instructions here")
+        lines += _native_products()
     built: Any = cuda_backend.native()
+    build = f"GRPO_FAST_CUDA=1 {install_command()}"
     lines.append(
-        "grpo_fast._cuda: not built; with NVIDIA's nvcc, GRPO_FAST_CUDA=1 pip install . builds it or shows why not"
+        f"grpo_fast._cuda: not built; with NVIDIA's nvcc, {build} builds it or shows why not"
         if built is None
         else f"grpo_fast._cuda: built for {built.ARCHITECTURES}"
     )
     return [*lines, *_extras()]
+
+
+def _native_products() -> list[str]:
+    """A line for each narrow dtype: who multiplies it on this CPU."""
+    lines = []
+    for dtype in (torch.bfloat16, torch.float16):
+        obstacle = cpu_backend.gemm_obstacle(dtype)
+        who = "the micro-kernel in torch's CPU library" if obstacle is None else f"torch, slower: {obstacle}"
+        lines.append(f"cpu products of {str(dtype).removeprefix('torch.')}: {who}")
+    return lines
 
 
 def _extras() -> list[str]:
@@ -183,7 +213,7 @@ def _extras() -> list[str]:
             if _version(name[0]) is None:
                 missing.append(name[0])
     return [
-        f"extra {extra}: " + (f"lacks {', '.join(names)}; pip install 'grpo-fast[{extra}]'" if names else "complete")
+        f"extra {extra}: " + (f"lacks {', '.join(names)}; {install_command(extra)}" if names else "complete")
         for extra, names in lacking.items()
     ]
 

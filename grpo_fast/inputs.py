@@ -12,15 +12,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from grpo_fast.config import LossConfig
+from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.objectives import Tokens, importance_weight
+from grpo_fast.ops.backend import resolve_backend
+from grpo_fast.ops.devices import traits
 from grpo_fast.ops.group_backend import ActiveRows
 from grpo_fast.packing import Segments
-from grpo_fast.rows import token_rows
+from grpo_fast.rows import looks_at_sequences, token_rows
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -29,7 +32,7 @@ def checks_values(tensor: Tensor) -> bool:
     """Whether checks may read values of `tensor` back."""
     if torch.compiler.is_compiling() or torch._guards.detect_fake_mode(tensor) is not None:
         return False
-    return tensor.device.type == "cpu" or os.environ.get("GRPO_FAST_DEBUG", "0") not in ("", "0")
+    return not traits(tensor.device).asynchronous or os.environ.get("GRPO_FAST_DEBUG", "0") not in ("", "0")
 
 
 def check_tensor(
@@ -53,12 +56,55 @@ def check_tensor(
         raise ValueError(f"{name}: expected dtype {expected}; got {str(tensor.dtype).removeprefix('torch.')}")
 
 
+class HeadLike(Protocol):
+    """What `grpo_fast.head.Head` has: this room does not import that one."""
+
+    @property
+    def weight(self) -> Tensor: ...
+    @property
+    def bias(self) -> Tensor | None: ...
+    @property
+    def config(self) -> HeadConfig: ...
+
+
+def split_head(
+    weight: Tensor | HeadLike | None, bias: Tensor | None, head: HeadLike | HeadConfig | None
+) -> tuple[Tensor, Tensor | None, HeadConfig]:
+    """(weight, bias, config) from what may stand for them: tensors and a HeadConfig, or a Head in either place."""
+    if head is not None and not isinstance(head, HeadConfig) and not _is_head(head):
+        raise ValueError(
+            f"head: expected a HeadConfig, or a Head as head_of(model) gives it; got {type(head).__name__}"
+        )
+    whole: Any = next((given for given in (weight, head) if _is_head(given)), None)
+    if whole is None:
+        if weight is None:
+            raise ValueError("weight: expected a tensor [V, H], or a Head in its place or as head=; got None")
+        return cast(Tensor, weight), bias, HeadConfig() if head is None else cast(HeadConfig, head)
+    if whole is weight and head is not None and head is not whole:
+        raise ValueError("head: expected none besides the Head that stands for weight, bias and config; got one")
+    if whole is not weight and weight is not None and weight is not whole.weight:
+        raise ValueError("weight: expected None or the weight of the Head that is given as head=; got another tensor")
+    if bias is not None and bias is not whole.bias:
+        raise ValueError("bias: expected None or the bias of the Head that is given; got another tensor")
+    return whole.weight, whole.bias, whole.config
+
+
+def _is_head(value: object) -> bool:
+    return not isinstance(value, Tensor) and all(hasattr(value, name) for name in ("weight", "bias", "config"))
+
+
 def head_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """The LM head's operands, checked, and cast as a linear layer's would be under autocast."""
     if not isinstance(hidden, Tensor) or hidden.dim() < 1:
         raise ValueError("hidden: expected a tensor [..., H]; got " + _describe(hidden))
     if not isinstance(weight, Tensor) or weight.dim() != 2:
         raise ValueError("weight: expected a tensor [V, H]; got " + _describe(weight))
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if (placements := getattr(tensor, "placements", None)) is not None:
+            raise ValueError(
+                f"{name}: expected a tensor that is whole on this rank; got a DTensor placed {placements}; "
+                "gather it first, for example by full_tensor(), through which gradients flow"
+            )
     hidden, weight, bias = _autocast(hidden, weight, bias)
     _check_head(hidden, weight, bias)
     return hidden, weight, bias
@@ -101,6 +147,38 @@ def check_targets(targets: Tensor, shape: Sequence[int], device: torch.device) -
         raise ValueError(f"targets: expected dtype int64 or int32; got {targets.dtype}")
 
 
+def token_mask(
+    loss_mask: Tensor | None, targets: Tensor | None, ignore_index: int | None, shape: Sequence[int], like: Tensor
+) -> tuple[Tensor, bool]:
+    """(which tokens carry loss `[T]` bool, whether any may not).
+
+    Args:
+        loss_mask: of `shape`: bool, integers, or floating-point zeros and ones; None: all.
+        targets: of `shape`, checked; those that are `ignore_index` carry none. None: there are no targets.
+        like: a tensor of the device.
+    """
+    mask = None
+    if loss_mask is not None:
+        check_tensor("loss_mask", loss_mask, shapes=[(tuple(shape), "one a token")], device=like.device)
+        if loss_mask.is_complex():
+            raise ValueError(f"loss_mask: expected bool, integers, or zeros and ones; got {loss_mask.dtype}")
+        mask = loss_mask.reshape(-1) != 0
+        if (
+            loss_mask.is_floating_point()
+            and checks_values(loss_mask)
+            and bool((mask & (loss_mask.reshape(-1) != 1)).any())
+        ):
+            raise ValueError("loss_mask: expected only zeros and ones where it is floating-point (it is no weight)")
+    if targets is not None and ignore_index is not None:
+        kept = targets.reshape(-1) != ignore_index
+        # Where looking costs nothing: none is ignored, as in most calls, so that all rows are known to be wanted.
+        if not checks_values(targets) or not bool(kept.all()):
+            mask = kept if mask is None else mask & kept
+    if mask is None:
+        return torch.ones(math.prod(shape), dtype=torch.bool, device=like.device), False
+    return mask, True
+
+
 def check_target_range(targets: Tensor, mask: Tensor | None, vocab: int) -> None:
     """Targets of unmasked rows lie in [0, V)."""
     if not checks_values(targets):
@@ -123,6 +201,11 @@ def check_main_grad(main_grad: Tensor | None, weight: Tensor) -> None:
     check_tensor(
         "main_grad", main_grad, shapes=[(weight.shape, "that of weight")], device=weight.device, dtypes=[dtype]
     )
+    if not main_grad.is_contiguous():
+        raise ValueError(
+            f"main_grad: expected contiguous memory; got shape {list(main_grad.shape)} with strides "
+            f"{list(main_grad.stride())}"
+        )
     if main_grad.requires_grad or not weight.requires_grad:
         raise ValueError("main_grad: expected a buffer without requires_grad, for a weight that requires a gradient")
 
@@ -149,12 +232,14 @@ class TokenInputs:
         weights: `[T]` weight of each token's term in the loss.
         active: the rows to compute, or None for all.
         token_advantages: whether advantages came one a token.
+        normalizer_given: whether the caller replaced the loss type's denominator.
     """
 
     tokens: Tokens
     weights: Tensor
     active: ActiveRows | None
     token_advantages: bool
+    normalizer_given: bool
 
 
 def _check_cu_seqlens(cu_seqlens: Tensor, num_tokens: int, device: torch.device) -> None:
@@ -180,6 +265,11 @@ def token_inputs(
     loss_mask: Tensor | None,
     config: LossConfig,
     normalizer: Tensor | float | None,
+    entropy_normalizer: Tensor | float | None = None,
+    quantile_group: torch.distributed.ProcessGroup | None = None,
+    targets: Tensor | None = None,
+    ignore_index: int | None = None,
+    backend: str | None = None,
     **logprobs: Tensor | None,
 ) -> TokenInputs:
     """Check the per-token arguments and bring them into the packed layout.
@@ -187,34 +277,24 @@ def token_inputs(
     Args:
         like: a tensor of the device and dtype (after promotion to float32) to work in.
         shape: `(T,)` or `(B, L)`.
-        normalizer: replaces the loss type's denominator.
+        normalizer, entropy_normalizer: replace the denominators of the terms and of the bonus.
+        backend: the resolved name of the one that computes the rows; None: what "auto" is on the device.
         logprobs: `old_logprobs`, `ref_logprobs`, `sampling_logprobs`, each of `shape` or None.
 
     Raises:
-        ValueError: see DESIGN: shapes, devices, missing log-probabilities, malformed `cu_seqlens`.
+        ValueError: shapes, devices, missing log-probabilities, malformed `cu_seqlens`.
     """
     device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
-    if len(shape) == 2:
-        if cu_seqlens is not None:
-            raise ValueError("cu_seqlens: expected None in the padded layout (rows are sequences); got a tensor")
-        cu_seqlens = torch.arange(shape[0] + 1, device=device) * shape[1]
-    elif cu_seqlens is None:
-        cu_seqlens = torch.arange(2, device=device) * shape[0]  # one sequence
-    num_tokens = shape[0] if len(shape) == 1 else shape[0] * shape[1]
-    _check_cu_seqlens(cu_seqlens, num_tokens, device)
-    segments = Segments(cu_seqlens, num_tokens)
-
-    sequences = (segments.num_sequences,)
-    check_tensor(
-        "advantages", advantages, shapes=[(sequences, "one a sequence"), (shape, "one a token")], device=device
-    )
-    if loss_mask is None:
-        mask = torch.ones(num_tokens, dtype=torch.bool, device=device)
-    else:
-        check_tensor("loss_mask", loss_mask, shapes=[(shape, "one a token")], device=device)
-        if loss_mask.is_floating_point() or loss_mask.is_complex():
-            raise ValueError(f"loss_mask: expected dtype bool or an integer one; got {loss_mask.dtype}")
-        mask = loss_mask.reshape(-1) != 0
+    check_finite_positive("normalizer", normalizer)
+    check_finite_positive("entropy_normalizer", entropy_normalizer)
+    segments = _segments(cu_seqlens, shape, device)
+    flat_advantages, per_token = _advantages(advantages, shape, segments, device)
+    if cu_seqlens is None and len(shape) == 1 and per_token and shape[0] > 1 and looks_at_sequences(config):
+        raise ValueError(
+            "cu_seqlens: expected [S+1], as the loss looks at whole sequences and advantages one a token do not say "
+            f"where they end; got None ([0, {shape[0]}] is one sequence)"
+        )
+    mask, masked = token_mask(loss_mask, targets, ignore_index, shape, like)
     _check_needed(config, logprobs)
     flat: dict[str, Tensor | None] = {}
     for name, tensor in logprobs.items():
@@ -223,23 +303,74 @@ def token_inputs(
             # Whatever stands at masked positions (padding, NaN) must not reach a sum.
             tensor = torch.where(mask, tensor.detach().reshape(-1).to(dtype), 0.0)
         flat[name] = tensor
-    tokens = Tokens(advantages.detach().to(dtype).reshape(-1), mask, segments, mask.sum(), **flat)
+    tokens = Tokens(
+        flat_advantages.to(dtype),
+        mask,
+        segments,
+        _bonus_count(entropy_normalizer, mask),
+        **flat,
+        bonus_count_given=entropy_normalizer is not None,
+        quantile_group=quantile_group,
+    )
     if tokens.old_logprobs is not None:
         tokens.importance = importance_weight(tokens.old_logprobs, tokens, config)
-    _check_normalizer(normalizer)
-    rows = token_rows(tokens, config, normalizer, masked=loss_mask is not None)
+    backend = resolve_backend("auto", device) if backend is None else backend
+    rows = token_rows(tokens, config, normalizer, masked=masked, per_token=per_token, backend=backend)
     tokens.advantages = rows.advantages
-    return TokenInputs(tokens, rows.weights, rows.active, tuple(advantages.shape) != sequences)
+    return TokenInputs(tokens, rows.weights, rows.active, per_token, normalizer is not None)
 
 
-def _check_normalizer(normalizer: Tensor | float | None) -> None:
-    if isinstance(normalizer, Tensor):
-        if normalizer.numel() != 1:
-            raise ValueError(f"normalizer: expected one number; got shape {list(normalizer.shape)}")
-        if not checks_values(normalizer):
+def _segments(cu_seqlens: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Segments:
+    """The sequences of the packed or padded layout."""
+    if len(shape) == 2:
+        if cu_seqlens is not None:
+            raise ValueError("cu_seqlens: expected None in the padded layout (rows are sequences); got a tensor")
+        cu_seqlens = torch.arange(shape[0] + 1, device=device) * shape[1]
+    elif cu_seqlens is None:
+        cu_seqlens = torch.arange(2, device=device) * shape[0]  # one sequence
+    _check_cu_seqlens(cu_seqlens, math.prod(shape), device)
+    return Segments(cu_seqlens, math.prod(shape))
+
+
+def _advantages(
+    advantages: Tensor, shape: tuple[int, ...], segments: Segments, device: torch.device
+) -> tuple[Tensor, bool]:
+    """(advantages `[S]` or `[T]`, whether they are one a token)."""
+    num_sequences, num_tokens = segments.num_sequences, segments.num_tokens
+    if isinstance(advantages, Tensor) and advantages.dim() == 2 and tuple(advantages.shape) != shape:
+        columns = [((num_sequences, 1), False)] + [((1, num_tokens), True)] * (len(shape) == 1)
+        for unambiguous, per_token in columns:
+            if tuple(advantages.shape) == unambiguous:
+                check_tensor("advantages", advantages, shapes=[(unambiguous, "")], device=device)
+                return advantages.detach().reshape(-1), per_token
+    accepted = [((num_sequences,), "one a sequence"), (shape, "one a token")]
+    check_tensor("advantages", advantages, shapes=accepted, device=device)
+    if shape == (num_sequences,) and checks_values(segments.cu_seqlens) and bool((segments.lengths != 1).any()):
+        raise ValueError(
+            f"advantages: [{num_sequences}] is one a sequence as well as one a token here; expected "
+            f"[{num_sequences}, 1] for one a sequence or [1, {num_tokens}] for one a token"
+        )
+    return advantages.detach().reshape(-1), tuple(advantages.shape) != (num_sequences,)
+
+
+def _bonus_count(entropy_normalizer: Tensor | float | None, mask: Tensor) -> Tensor:
+    """What the entropies' sum is divided by, 0-dim on the device."""
+    if entropy_normalizer is None:
+        return mask.sum().clamp(min=1)
+    if isinstance(entropy_normalizer, Tensor):
+        return entropy_normalizer.detach().reshape(()).to(mask.device)
+    return torch.full((), float(entropy_normalizer), dtype=torch.float64, device=mask.device)
+
+
+def check_finite_positive(name: str, value: Tensor | float | None) -> None:
+    """None, or one finite number above 0."""
+    if isinstance(value, Tensor):
+        if value.numel() != 1:
+            raise ValueError(f"{name}: expected one number; got shape {list(value.shape)}")
+        if not checks_values(value):
             return
-    if normalizer is not None and not 0 < float(normalizer) < math.inf:
-        raise ValueError(f"normalizer: expected a finite number > 0; got {float(normalizer)}")
+    if value is not None and not 0 < float(value) < math.inf:
+        raise ValueError(f"{name}: expected a finite number > 0; got {float(value)}")
 
 
 def _check_needed(config: LossConfig, logprobs: dict[str, Tensor | None]) -> None:

@@ -5,17 +5,21 @@ Legend: T packed tokens, S sequences, H hidden size, V vocabulary. `hidden[t]` i
 
     z_t = softcap(logit_scale (hidden_t W^T + b)) / temperature        logprob_t = z_t[y_t] - log sum_v exp z_tv
     loss = sum_t weight_t term_t(logprob_t, old_t, ref_t, sampling_t, A_t) - entropy_coef * mean entropy
+
+All of them are also `grpo_fast.grpo_loss` and so on.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.inputs import (
+    HeadLike,
     TokenInputs,
     check_main_grad,
     check_target_range,
@@ -23,10 +27,13 @@ from grpo_fast.inputs import (
     check_temperature,
     check_tensor,
     head_operands,
+    split_head,
     token_inputs,
+    token_mask,
 )
 from grpo_fast.metrics import Metrics, collect_metrics
 from grpo_fast.objectives import Terms, couples_sequences, couples_tokens, objective, total_loss
+from grpo_fast.ops.backend import resolve_backend
 from grpo_fast.ops.group_backend import ActiveRows
 from grpo_fast.ops.launch import HeadLaunch, computed_tokens
 
@@ -75,14 +82,16 @@ class TokenLogprobs:
 
 def token_logprobs(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | HeadLike | None,
     targets: Tensor,
     *,
     bias: Tensor | None = None,
-    head: HeadConfig = HeadConfig(),
-    temperature: float | Tensor = 1.0,
+    head: HeadConfig | HeadLike | None = None,
+    temperature: float | Tensor | None = None,
+    config: LossConfig | None = None,
     entropy: bool = True,
     loss_mask: Tensor | None = None,
+    ignore_index: int | None = -100,
     main_grad: Tensor | None = None,
     backend: str = "auto",
     plan: str = "auto",
@@ -97,29 +106,35 @@ def token_logprobs(
 
     Args:
         hidden: `[..., H]`, float32, bfloat16, float16 (or float64).
-        weight: `[V, H]`, hidden's dtype.
-        targets: `[...]` int64, in [0, V).
+        weight: `[V, H]`, hidden's dtype; or a `Head` (`head_of(model)`), which stands for weight, bias and config.
+        targets: `[...]` int64, in [0, V); anything on masked positions.
         bias: `[V]`.
-        temperature: a float, or one a row `[...]`.
+        head: scale and soft cap; or a `Head`, with `weight` None.
+        temperature: a float, or one a row `[...]`; 1 if neither it nor `config` is given.
+        config: the loss that the log-probabilities are for: its temperature is taken, so that ratios start at 1.
         entropy: whether to return entropies.
-        loss_mask: `[...]` bool or integer; rows where it is 0 are not computed: their results are 0.
+        loss_mask: `[...]` bool, integers, or zeros and ones; rows where it is 0 are not computed: their results are 0.
+        ignore_index: targets that are masked; None: none is.
         main_grad: `[V, H]` float32; the weight's gradient is added to it instead of being returned.
         backend: "auto" or a backend's name. plan: "auto", "frozen_head", "recompute", "lean",
             or without gradients "fused_forward".
-        workspace_bytes: cap on temporary memory; default 1 GiB on a GPU, 256 MiB elsewhere.
+        workspace_bytes: cap on temporary memory; default a sixteenth of a GPU's memory (512 MiB to 4 GiB), elsewhere
+            256 MiB.
 
     Raises:
-        ValueError: an argument is malformed, or the plan or backend cannot serve the call.
+        ValueError: an argument is malformed, `temperature` is not that of `config`, or the plan or backend cannot serve
+            the call.
     """
+    weight, bias, head = split_head(weight, bias, head)
     hidden, weight, bias = head_operands(hidden, weight, bias)
     shape = hidden.shape[:-1]
     check_targets(targets, shape, hidden.device)
+    temperature = _one_temperature(temperature, config)
     check_temperature(temperature, shape, hidden.device)
     check_main_grad(main_grad, weight)
-    active = None
-    if loss_mask is not None:
-        check_tensor("loss_mask", loss_mask, shapes=[(shape, "one a row of hidden")], device=hidden.device)
-        active = ActiveRows(loss_mask.reshape(-1) != 0)
+    backend = resolve_backend(backend, hidden.device)
+    mask, masked = token_mask(loss_mask, targets, ignore_index, shape, hidden)
+    active = ActiveRows(mask) if masked else None
     flat_targets = targets.reshape(-1).long()
     check_target_range(flat_targets, None if active is None else active.mask, weight.shape[0])
     call = HeadLaunch.of(hidden, weight, bias, flat_targets, active, temperature, head, backend, workspace_bytes)
@@ -128,9 +143,18 @@ def token_logprobs(
     return TokenLogprobs(logprobs.reshape(shape), entropies.reshape(shape) if entropy else None)
 
 
+def _one_temperature(temperature: float | Tensor | None, config: LossConfig | None) -> float | Tensor:
+    """The temperature, given directly or as that of a loss, or both if they agree."""
+    if config is None:
+        return 1.0 if temperature is None else temperature
+    if isinstance(temperature, (int, float)) and temperature != config.temperature:
+        raise ValueError(f"temperature: expected that of config, {config.temperature}, or None; got {temperature}")
+    return config.temperature if temperature is None else temperature
+
+
 def grpo_loss(
     hidden: Tensor,
-    weight: Tensor,
+    weight: Tensor | HeadLike | None,
     targets: Tensor,
     advantages: Tensor,
     *,
@@ -140,11 +164,14 @@ def grpo_loss(
     ref_logprobs: Tensor | None = None,
     sampling_logprobs: Tensor | None = None,
     bias: Tensor | None = None,
-    head: HeadConfig = HeadConfig(),
+    head: HeadConfig | HeadLike | None = None,
     config: LossConfig = LossConfig(),
     normalizer: Tensor | float | None = None,
+    entropy_normalizer: Tensor | float | None = None,
+    ignore_index: int | None = -100,
     temperature: Tensor | None = None,
     main_grad: Tensor | None = None,
+    quantile_group: torch.distributed.ProcessGroup | None = None,
     backend: str = "auto",
     plan: str = "auto",
     workspace_bytes: int | None = None,
@@ -155,22 +182,29 @@ def grpo_loss(
 
     Args:
         hidden: `[T, H]` with sequences one after another, or `[B, L, H]` padded (rows are sequences).
-        weight: `[V, H]`, hidden's dtype. bias: `[V]`.
+        weight: `[V, H]`, hidden's dtype; or a `Head` (`head_of(model)`), which stands for weight, bias and config.
         targets: `[T]` or `[B, L]` int64; anything on masked positions.
-        advantages: one a sequence, `[S]` or `[B]`, or one a token, in the shape of targets.
+        advantages: one a sequence, `[S]` or `[S, 1]`, or one a token, `[T]` or `[1, T]` (padded: `[B]`, `[B, 1]` or
+            `[B, L]`). Where S is T and sequences are not of one token each, only the second form says which.
         cu_seqlens: `[S+1]` int, packed layout; None there means one sequence.
-        loss_mask: bool or integer, in the shape of targets; None: all tokens.
+        loss_mask: bool, integers, or zeros and ones, in the shape of targets; None: all tokens.
         old_logprobs: of the policy that the ratio is taken to; None: the current one (ratio 1, with gradient).
         ref_logprobs: of the reference policy; needed iff `config.beta` is not 0.
         sampling_logprobs: the rollout engine's own; NaN where it does not know.
-        normalizer: replaces the loss type's denominator (S, S C or the number of tokens), so that micro-batches
-            add up to the loss of the whole step.
+        bias: `[V]`. head: scale and soft cap; or a `Head`, with `weight` None.
+        normalizer: replaces the loss type's denominator (S, S C or the number of tokens) of the terms.
+        entropy_normalizer: replaces the number of active tokens under the entropy bonus. With both, the losses and
+            gradients of micro-batches add up to those of the whole step.
+        ignore_index: targets that are masked. None: none is, which saves a GPU's host the wait to count them.
         temperature: one a token, in the shape of targets; replaces `config.temperature`.
         main_grad: `[V, H]` float32; the weight's gradient is added to it (possibly already in the forward), so
             call backward exactly once, with gradient 1.
+        quantile_group: ranks whose tokens the quantile of `config.top_entropy_quantile` spans; None: the default
+            group, if torch.distributed is initialised. Pass the data-parallel group where that is not every rank.
         backend: "auto" or a backend's name.
         plan: "auto", "single_pass", "frozen_head", "resident", "recompute" or "lean" (`ops/planner.py`).
-        workspace_bytes: cap on temporary memory besides gradients and O(T H); default 1 GiB on a GPU, else 256 MiB.
+        workspace_bytes: cap on temporary memory besides gradients and O(T H); default a sixteenth of a GPU's memory
+            (512 MiB to 4 GiB), elsewhere 256 MiB.
 
     Returns:
         `LossOutput`. Only `loss` is differentiable, in hidden, weight and bias.
@@ -182,6 +216,7 @@ def grpo_loss(
         >>> out = grpo_loss(hidden, weight, targets, advantages, cu_seqlens=cu_seqlens)
         >>> out.loss.backward()
     """
+    weight, bias, head = split_head(weight, bias, head)
     hidden, weight, bias = head_operands(hidden, weight, bias)
     if hidden.dim() not in (2, 3):
         raise ValueError(f"hidden: expected [T, H] (packed) or [B, L, H] (padded); got shape {list(hidden.shape)}")
@@ -190,6 +225,7 @@ def grpo_loss(
     check_main_grad(main_grad, weight)
     scale = config.temperature if temperature is None else temperature
     check_temperature(scale, shape, hidden.device)
+    backend = resolve_backend(backend, hidden.device)
     inputs = token_inputs(
         hidden,
         shape,
@@ -198,6 +234,11 @@ def grpo_loss(
         loss_mask=loss_mask,
         config=config,
         normalizer=normalizer,
+        entropy_normalizer=entropy_normalizer,
+        quantile_group=quantile_group,
+        targets=targets,
+        ignore_index=ignore_index,
+        backend=backend,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
         sampling_logprobs=sampling_logprobs,
@@ -228,9 +269,7 @@ def grpo_loss(
         loss = total_loss(terms, entropy, weights, config)
         # Rows without gradient still hang on the graph: an all-masked batch has a differentiable zero.
     logprobs, entropy = logprobs.detach(), entropy.detach()
-    metrics = collect_metrics(
-        loss, logprobs, entropy, terms, computed, tokens.mask, config, token_advantages=inputs.token_advantages
-    )
+    metrics = collect_metrics(logprobs, entropy, terms, computed, inputs, config)
     return LossOutput(
         loss=loss,
         logprobs=logprobs.reshape(shape),
@@ -249,14 +288,25 @@ def policy_terms(
     entropy: Tensor | None,
     config: LossConfig,
     normalizer: Tensor | float | None = None,
-    **given: Tensor | None,
+    entropy_normalizer: Tensor | float | None = None,
+    quantile_group: torch.distributed.ProcessGroup | None = None,
+    **given: Any,
 ) -> tuple[TokenInputs, Tensor, Tensor | None, Terms]:
     """(inputs, logprobs, entropy, terms), all packed `[T]` and 0 where masked: `policy_loss` before its sum.
 
     Args:
         given: `cu_seqlens`, `loss_mask` and the other log-probabilities, as in `policy_loss`.
     """
-    inputs = token_inputs(logprobs, tuple(logprobs.shape), advantages, config=config, normalizer=normalizer, **given)
+    inputs = token_inputs(
+        logprobs,
+        tuple(logprobs.shape),
+        advantages,
+        config=config,
+        normalizer=normalizer,
+        entropy_normalizer=entropy_normalizer,
+        quantile_group=quantile_group,
+        **given,
+    )
     tokens, dtype = inputs.tokens, inputs.tokens.advantages.dtype
     flat = torch.where(tokens.mask, logprobs.reshape(-1).to(dtype), 0.0)
     flat_entropy = None if entropy is None else torch.where(tokens.mask, entropy.reshape(-1).to(dtype), 0.0)
@@ -275,6 +325,8 @@ def policy_loss(
     sampling_logprobs: Tensor | None = None,
     config: LossConfig = LossConfig(),
     normalizer: Tensor | float | None = None,
+    entropy_normalizer: Tensor | float | None = None,
+    quantile_group: torch.distributed.ProcessGroup | None = None,
 ) -> LossOutput:
     """The same losses for frameworks that hand over log-probabilities; O(T), differentiable in logprobs and entropy.
 
@@ -298,6 +350,8 @@ def policy_loss(
         entropy=entropy,
         config=config,
         normalizer=normalizer,
+        entropy_normalizer=entropy_normalizer,
+        quantile_group=quantile_group,
         cu_seqlens=cu_seqlens,
         loss_mask=loss_mask,
         old_logprobs=old_logprobs,
@@ -307,16 +361,7 @@ def policy_loss(
     tokens = inputs.tokens
     loss = total_loss(terms, flat_entropy, inputs.weights, config)
     detached_entropy = None if flat_entropy is None else flat_entropy.detach()
-    metrics = collect_metrics(
-        loss,
-        flat.detach(),
-        detached_entropy,
-        terms,
-        tokens,
-        tokens.mask,
-        config,
-        token_advantages=inputs.token_advantages,
-    )
+    metrics = collect_metrics(flat.detach(), detached_entropy, terms, tokens, inputs, config)
     return LossOutput(
         loss=loss,
         logprobs=flat.detach().reshape(shape),

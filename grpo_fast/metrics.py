@@ -1,7 +1,8 @@
 """Metrics of a loss call as one device vector: sums, counts, minima and maxima that combine exactly.
 
 Nothing here reads a value back to the host until `as_dict`. Micro-batches combine with `Metrics.merge`, ranks with
-`Metrics.all_reduce`; means are taken at the very end, so the result is that of the undivided batch. Names and meanings
+`Metrics.all_reduce`; means are taken at the very end, so the result is that of the undivided batch, the loss included
+(only an entropy quantile is each call's own). Names and meanings
 are TRL 1.16's, with `ratio/{min,max}`, `approx_kl`, `active_row_fraction` and `bad_rows` besides.
 """
 
@@ -10,14 +11,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from grpo_fast.aggregation import default_normalizer
 from grpo_fast.config import LossConfig
+from grpo_fast.inputs import TokenInputs
 from grpo_fast.objectives import Terms, Tokens, bounded_importance
 
 CLIPPED_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "ppo_dual", "gmpo")
 
 # name in the vector -> how two values combine
 _SUMS = (
-    "tokens", "sequences", "computed", "bad_rows", "loss", "entropy", "kl", "clip_low", "clip_high", "clip_region",
+    "tokens", "sequences", "computed", "bad_rows", "terms", "terms_sum", "terms_count", "bonus", "bonus_sum",
+    "bonus_count", "entropy", "kl", "clip_low", "clip_high", "clip_region",
     "clip_count", "cispo_clipped", "phi", "approx_kl", "sampling_difference", "sampling_count",
     "importance", "importance_count",
 )  # fmt: skip
@@ -72,8 +76,12 @@ class Metrics:
         def mean(name: str, count: str) -> float:
             return values[name] / max(values[count], 1.0)
 
+        # What has a denominator of the caller's adds up; the rest is divided by what the parts have together.
+        loss = values["terms"] + mean("terms_sum", "terms_count")
+        if self.config.entropy_coef != 0:
+            loss -= self.config.entropy_coef * (values["bonus"] + mean("bonus_sum", "bonus_count"))
         out = {
-            "loss": values["loss"],
+            "loss": loss,
             "entropy": mean("entropy", "computed"),
             "approx_kl": mean("approx_kl", "computed"),
             "ratio/min": _finite(values["ratio_min"]),
@@ -112,25 +120,21 @@ def _finite(value: float) -> float:
 
 @torch.no_grad()
 def collect_metrics(
-    loss: Tensor,
     logprobs: Tensor,
     entropy: Tensor | None,
     terms: Terms,
     tokens: Tokens,
-    loss_mask: Tensor,
+    inputs: TokenInputs,
     config: LossConfig,
-    *,
-    token_advantages: bool,
 ) -> Metrics:
     """Partial sums of every metric from `[T]` tensors.
 
     Args:
-        terms: of `objective` on these tokens, whose mask is the rows that were computed.
-        loss_mask: `[T]` bool, every token that carries loss, computed or not.
-        token_advantages: whether the caller gave advantages a token.
+        terms: of `objective` on `tokens`, whose mask is the rows that were computed.
+        inputs: of the call, with every token that carries loss, computed or not.
     """
-    computed, segments = tokens.mask, tokens.segments
-    at_sequence = config.importance_sampling_level == "sequence" and not token_advantages
+    computed, segments, loss_mask = tokens.mask, tokens.segments, inputs.tokens.mask
+    at_sequence = config.importance_sampling_level == "sequence" and not inputs.token_advantages
     # TRL counts sequences where the ratio is a sequence's own: one value each, whatever its mask.
     lengths = segments.sum(loss_mask)
 
@@ -156,13 +160,16 @@ def collect_metrics(
     low_shares, high_shares = per_sequence(low), per_sequence(high)
     drift = logprobs.new_zeros(()) if tokens.old_logprobs is None else tokens.old_logprobs - logprobs
     known_entropy = torch.zeros_like(logprobs) if entropy is None else entropy
-    bad = computed & ~(logprobs.isfinite() & known_entropy.isfinite())
+    numbers = [logprobs, known_entropy, terms.policy, terms.ratio, advantages]
+    numbers += [n for n in (tokens.old_logprobs, tokens.ref_logprobs, terms.importance, terms.phi) if n is not None]
+    finite = torch.stack([n.isfinite() for n in numbers]).all(0)
+    if tokens.sampling_logprobs is not None:
+        finite &= ~tokens.sampling_logprobs.isinf()  # NaN: not known
     values: dict[str, Tensor] = {
         "tokens": loss_mask.sum(),
         "sequences": lengths.new_full((), segments.num_sequences),
         "computed": computed.sum(),
-        "bad_rows": bad.sum(),
-        "loss": loss.detach(),
+        "bad_rows": (computed & ~finite).sum(),
         "entropy": total(known_entropy, computed),
         "kl": total(torch.zeros_like(logprobs) if terms.kl is None else terms.kl, computed),
         "clip_low": flagged(low),
@@ -177,11 +184,30 @@ def collect_metrics(
         "clip_high_max": extreme(high_shares, lengths > 0, largest=True),
         "ratio_max": extreme(terms.ratio, computed, largest=True),
     }
+    values |= _loss_parts(known_entropy, terms, inputs, config)
     values |= _sampling_metrics(logprobs, terms, tokens, loss_mask, config)
     neutral = dict.fromkeys(_SUMS, 0.0) | dict.fromkeys(_MINS, float("inf")) | dict.fromkeys(_MAXS, -float("inf"))
-    neutrals = {name: loss.new_full((), neutral[name]) for name in _INDEX if name not in values}
+    neutrals = {name: logprobs.new_full((), neutral[name]) for name in _INDEX if name not in values}
     vector = torch.stack([(values | neutrals)[name].double() for name in _INDEX])
     return Metrics(vector, config, corrects=tokens.sampling_logprobs is not None)
+
+
+def _loss_parts(entropy: Tensor, terms: Terms, inputs: TokenInputs, config: LossConfig) -> dict[str, Tensor]:
+    """The loss's two parts: as they are where the caller gave their denominators, else sum and denominator apart."""
+    tokens = inputs.tokens
+    parts = {"terms": (terms.policy.double() * inputs.weights.double()).sum()}
+    if not inputs.normalizer_given:
+        count = default_normalizer(config, tokens.mask, tokens.segments)
+        value = parts.pop("terms")
+        parts |= {"terms_sum": value * count.clamp(min=1), "terms_count": count}
+    if config.entropy_coef != 0:
+        weights = terms.entropy_weights.double()
+        parts["bonus"] = torch.where(weights > 0, weights * entropy.double(), 0.0).sum()
+        if not tokens.bonus_count_given:
+            count = (weights > 0).sum()
+            value = parts.pop("bonus")
+            parts |= {"bonus_sum": value * count.clamp(min=1), "bonus_count": count}
+    return parts
 
 
 def _sampling_metrics(

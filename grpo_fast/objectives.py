@@ -15,8 +15,11 @@ device code, a row in the test matrix.
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,24 +40,61 @@ class Tokens:
         advantages: `[T]`.
         mask: `[T]` bool, the tokens that carry loss.
         segments: the sequences of the tokens.
-        num_active: 0-dim, unmasked tokens of the whole call (these tokens may be a part of it).
+        bonus_count: 0-dim, what the sum of entropies is divided by in the bonus: the unmasked tokens of the whole call
+            (these may be a part of it), at least 1; or the caller's `entropy_normalizer`, if `bonus_count_given`.
         old_logprobs, ref_logprobs, sampling_logprobs: `[T]` or None. NaN in `sampling_logprobs` means not known.
         importance: `[T]` weights of the train/inference correction where they are known beforehand.
+        quantile_group: ranks whose tokens the entropy quantile spans; None: the default group, if there is one.
     """
 
     advantages: Tensor
     mask: Tensor
     segments: Segments
-    num_active: Tensor
+    bonus_count: Tensor
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
     sampling_logprobs: Tensor | None = None
     importance: Tensor | None = None
+    bonus_count_given: bool = False
+    quantile_group: torch.distributed.ProcessGroup | None = None
 
-    def optional(self, function: Callable[[Tensor], Tensor]) -> dict[str, Tensor | None]:
+    def optional(self, function: Callable[[Tensor], Tensor]) -> dict[str, Any]:
         """`function` of each optional `[T]` tensor, by name; None stays None."""
         names = ("old_logprobs", "ref_logprobs", "sampling_logprobs", "importance")
         return {n: None if getattr(self, n) is None else function(getattr(self, n)) for n in names}
+
+    def rows(self, rows: Tensor, row_counts: list[int] | None) -> Tokens:
+        """The tokens `rows` `[n]`, the unmasked ones.
+
+        Args:
+            row_counts: how many each sequence has, if sequences matter; otherwise the result's are not to be used.
+        """
+        segments = self.segments
+        if row_counts is not None:
+            counts = segments.sum(self.mask)
+            segments = Segments(torch.cat([counts.new_zeros(1), counts.cumsum(0)]), rows.numel())
+        return replace(
+            self,
+            advantages=self.advantages[rows],
+            mask=torch.ones_like(rows, dtype=torch.bool),
+            segments=segments,
+            **self.optional(lambda values: values[rows]),
+        )
+
+    def part(self, start: int, stop: int, row_counts: list[int] | None) -> Tokens:
+        """Views of tokens `start:stop`; whole sequences, as `row_counts` (of all of them) says, if sequences matter."""
+        segments = self.segments
+        if row_counts is not None:
+            ends = list(accumulate(row_counts))
+            first, last = bisect_right(ends, start), bisect_right(ends, stop)
+            segments = Segments(segments.cu_seqlens[first : last + 1] - start, stop - start)
+        return replace(
+            self,
+            advantages=self.advantages[start:stop],
+            mask=self.mask[start:stop],
+            segments=segments,
+            **self.optional(lambda values: values[start:stop]),
+        )
 
 
 @dataclass
@@ -99,7 +139,28 @@ class _Context:
     @property
     def capped_ratio(self) -> Tensor:
         """min(w, delta)."""
-        return self.ratio if self.config.delta is None else self.ratio.clamp(max=self.config.delta)
+        return clamp(self.ratio, high=self.config.delta)
+
+
+# -- clamps ---------------------------------------------------------------------------------------------------------
+
+
+def clamp(values: Tensor, low: float | Tensor | None = None, high: float | Tensor | None = None) -> Tensor:
+    """`values` limited to [low, high]; a value inside or on a bound passes its gradient whole, one outside none.
+
+    torch's own clamp did that up to 2.13; in 2.14 a value on a bound gets nothing, on a tensor's bound half. On-policy
+    ratios are exactly 1, so epsilon = 0 and delta = 1 are met by every token of a first step: the rule is our own, the
+    one of `csrc/objective.h` and `kernels/objective.py`.
+
+    Args:
+        values: any shape; NaN stays NaN.
+        low, high: None (no bound), a number, or a 0-dim tensor that needs no gradient.
+    """
+    if low is not None:
+        values = torch.where(values < low, low, values)
+    if high is not None:
+        values = torch.where(values > high, high, values)
+    return values
 
 
 # -- which rows an objective couples --------------------------------------------------------------------------------
@@ -173,7 +234,7 @@ def bounded_importance(weight: Tensor, mode: str, config: LossConfig) -> Tensor:
     """`*_truncate`: clamp to [clip_min, clip_max]; `*_mask`: zero outside."""
     low, high = config.importance_sampling_clip_min, config.importance_sampling_clip_max
     if mode.endswith("truncate"):
-        return weight if low is None and high is None else weight.clamp(min=low, max=high)
+        return clamp(weight, low, high)
     outside = (weight < (-math.inf if low is None else low)) | (weight > (math.inf if high is None else high))
     return weight.masked_fill(outside, 0.0)
 
@@ -184,32 +245,39 @@ def off_policy_mask(logprobs: Tensor, behaviour: Tensor, tokens: Tokens, thresho
     return (tokens.advantages >= 0) | (sequence_drift <= threshold)
 
 
-def high_entropy_mask(entropy: Tensor, mask: Tensor, quantile: float) -> Tensor:
-    """Keep unmasked tokens whose entropy reaches the (1 - quantile) quantile over all ranks. `[T]` bool."""
-    active = _gather_ranks(entropy[mask])
-    if active.numel() == 0:
-        return torch.zeros_like(mask)
-    # torch.quantile refuses more than 2^24 values; sorting has no such limit.
-    ordered = active.sort().values
-    position = (1.0 - quantile) * (active.numel() - 1)
-    lower, upper = ordered[math.floor(position)], ordered[math.ceil(position)]
-    threshold = torch.lerp(lower, upper, position - math.floor(position))
+def high_entropy_mask(
+    entropy: Tensor, mask: Tensor, quantile: float, group: torch.distributed.ProcessGroup | None = None
+) -> Tensor:
+    """Keep unmasked tokens whose entropy reaches the (1 - quantile) quantile over the ranks of `group`. `[T]` bool."""
+    # Masked tokens last; everything stays on the device (and torch.quantile refuses more than 2^24 values).
+    values = torch.where(mask, entropy, torch.inf)
+    if _num_ranks(group) > 1:
+        values = _gather_ranks(values, group)
+    count = (values < torch.inf).sum()
+    ordered = torch.cat([values, values.new_full((1,), torch.inf)]).sort().values
+    position = (1.0 - quantile) * (count - 1).clamp(min=0).double()
+    lower, upper = ordered.gather(0, torch.stack([position.floor(), position.ceil()]).long())
+    threshold = torch.lerp(lower, upper, (position - position.floor()).to(lower.dtype))
     return (entropy >= threshold) & mask
 
 
-def _gather_ranks(values: Tensor) -> Tensor:
-    """`values` of every rank, concatenated; ranks may hold different numbers of them."""
+def _num_ranks(group: torch.distributed.ProcessGroup | None) -> int:
+    """Ranks of a group (None: of the default one); 1 where nothing is distributed."""
     distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1):
-        return values
+    return distributed.get_world_size(group) if distributed.is_available() and distributed.is_initialized() else 1
+
+
+def _gather_ranks(values: Tensor, group: torch.distributed.ProcessGroup | None) -> Tensor:
+    """`values` of every rank of the group (None: the default one), concatenated; ranks may hold different numbers."""
+    distributed, num_ranks = torch.distributed, _num_ranks(group)
     count = torch.tensor([values.numel()], device=values.device)
-    counts = [torch.zeros_like(count) for _ in range(distributed.get_world_size())]
-    distributed.all_gather(counts, count)
+    counts = [torch.zeros_like(count) for _ in range(num_ranks)]
+    distributed.all_gather(counts, count, group=group)
     sizes = [int(c) for c in counts]
     padded = values.new_zeros(max(sizes))
     padded[: values.numel()] = values
     gathered = [torch.empty_like(padded) for _ in sizes]
-    distributed.all_gather(gathered, padded)
+    distributed.all_gather(gathered, padded, group=group)
     return torch.cat([part[:size] for part, size in zip(gathered, sizes, strict=True)])
 
 
@@ -228,13 +296,13 @@ def kl_divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Ten
 
 def clipped_term(c: _Context) -> Tensor:
     """-min(min(w, delta) A, clip(w, 1 - eps_low, 1 + eps_high) A)   (PPO; Schulman et al., 2017)."""
-    clipped = c.ratio.clamp(1 - c.config.epsilon, 1 + c.config.upper_epsilon)
+    clipped = clamp(c.ratio, 1 - c.config.epsilon, 1 + c.config.upper_epsilon)
     return -torch.min(c.capped_ratio * c.advantages, clipped * c.advantages)
 
 
 def cispo_term(c: _Context) -> Tensor:
     """-sg(min(w, eps_high)) A p   (MiniMax-M1, 2025)."""
-    return -c.ratio.clamp(max=c.config.upper_epsilon).detach() * c.advantages * c.logprobs
+    return -clamp(c.ratio, high=c.config.upper_epsilon).detach() * c.advantages * c.logprobs
 
 
 def sapo_term(c: _Context) -> Tensor:
@@ -246,14 +314,14 @@ def sapo_term(c: _Context) -> Tensor:
 def vespo_phi(c: _Context) -> Tensor:
     """phi = sg exp(lambda + k log W - lambda W), W the product of the sequence's ratios, clamped   (VESPO, 2026)."""
     with torch.no_grad():
-        terms = c.log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+        terms = clamp(c.log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         if c.importance is not None:
-            terms = terms + c.importance.log().clamp(LOG_RATIO_FLOOR, LOG_RATIO_LIMIT)
+            terms = terms + clamp(c.importance.log(), LOG_RATIO_FLOOR, LOG_RATIO_LIMIT)
         total = c.tokens.segments.sum(torch.where(c.tokens.mask, terms, 0.0))
-        log_w = c.tokens.segments.spread(total).clamp(LOG_RATIO_FLOOR, LOG_RATIO_LIMIT)
+        log_w = clamp(c.tokens.segments.spread(total), LOG_RATIO_FLOOR, LOG_RATIO_LIMIT)
         positive = c.advantages >= 0
         k = _choose(positive, c.config.vespo_k_pos, c.config.vespo_k_neg, log_w)
-        rate = _choose(positive, c.config.vespo_lambda_pos, c.config.vespo_lambda_neg, log_w).clamp(min=1e-4)
+        rate = clamp(_choose(positive, c.config.vespo_lambda_pos, c.config.vespo_lambda_neg, log_w), low=1e-4)
         phi = (rate + k * log_w - rate * log_w.exp()).exp()
         return phi.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
 
@@ -268,8 +336,8 @@ def gmpo_term(c: _Context) -> Tensor:
 
     The geometric mean of the ratios belongs to the sequence; each token carries it with weight 1 / L_s.
     """
-    upper = c.log_ratio.clamp(max=math.log1p(c.config.upper_epsilon))
-    lower = c.log_ratio.clamp(min=math.log1p(-c.config.epsilon) if c.config.epsilon < 1 else -math.inf)
+    upper = clamp(c.log_ratio, high=math.log1p(c.config.upper_epsilon))
+    lower = clamp(c.log_ratio, low=math.log1p(-c.config.epsilon) if c.config.epsilon < 1 else None)
     segments, mask = c.tokens.segments, c.tokens.mask
     sequence_advantage = segments.spread(segments.mean(c.advantages, mask))
     clipped = torch.where(sequence_advantage > 0, upper, torch.where(sequence_advantage < 0, lower, c.log_ratio))
@@ -351,11 +419,13 @@ def objective(logprobs: Tensor, entropy: Tensor | None, tokens: Tokens, config: 
     if config.off_policy_mask_threshold is not None:
         kept = off_policy_mask(logprobs.detach(), _behaviour(context), tokens, config.off_policy_mask_threshold)
         policy = torch.where(kept, policy, 0.0)
-    bonus_mask, num_bonus = tokens.mask, tokens.num_active
+    bonus_mask, bonus_count = tokens.mask, tokens.bonus_count
     if config.top_entropy_quantile < 1.0:
         assert entropy is not None
-        bonus_mask = high_entropy_mask(entropy.detach(), tokens.mask, config.top_entropy_quantile)
-        num_bonus = bonus_mask.sum()
+        quantile, group = config.top_entropy_quantile, tokens.quantile_group
+        bonus_mask = high_entropy_mask(entropy.detach(), tokens.mask, quantile, group)
+        if not tokens.bonus_count_given:
+            bonus_count = bonus_mask.sum().clamp(min=1)
         policy = torch.where(bonus_mask, policy, 0.0)
     if importance is not None and config.loss_type != "vespo":
         policy = policy * importance
@@ -369,7 +439,7 @@ def objective(logprobs: Tensor, entropy: Tensor | None, tokens: Tokens, config: 
         policy = policy + config.beta * kl
     return Terms(
         policy=torch.where(tokens.mask, policy, 0.0),
-        entropy_weights=bonus_mask.to(logprobs.dtype) / num_bonus.clamp(min=1),
+        entropy_weights=bonus_mask.to(logprobs.dtype) / bonus_count,
         ratio=ratio.detach(),
         clip_ratio=context.capped_ratio.detach(),
         kl=None if kl is None else kl.detach(),

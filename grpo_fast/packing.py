@@ -21,15 +21,21 @@ class Segments:
 
     Attributes:
         lengths: tokens per sequence, `[S]` int64.
-        index: the sequence of each token, `[T]` int64; computed when first asked for.
+        index: the sequence of each token, `[T]` int64. Both are computed when first asked for.
     """
 
     def __init__(self, cu_seqlens: Tensor, num_tokens: int) -> None:
         self.cu_seqlens = cu_seqlens.to(torch.int64)
         self.num_tokens = num_tokens
         self.num_sequences = cu_seqlens.numel() - 1
-        self.lengths = self.cu_seqlens[1:] - self.cu_seqlens[:-1]
+        self._lengths: Tensor | None = None
         self._index: Tensor | None = None
+
+    @property
+    def lengths(self) -> Tensor:
+        if self._lengths is None:
+            self._lengths = self.cu_seqlens[1:] - self.cu_seqlens[:-1]
+        return self._lengths
 
     @property
     def index(self) -> Tensor:

@@ -222,7 +222,7 @@ def _importance(s: SimpleNamespace, config: Any) -> Tensor:
     low = 0.0 if config.importance_sampling_clip_min is None else config.importance_sampling_clip_min
     high = math.inf if config.importance_sampling_clip_max is None else config.importance_sampling_clip_max
     if action == "truncate":
-        return weight.clamp(low, high)
+        return _limit(weight, low, high)
     return torch.where((weight >= low) & (weight <= high), weight, torch.zeros_like(weight))
 
 
@@ -232,13 +232,13 @@ def _policy(s: SimpleNamespace, config: Any) -> Tensor:
     high = config.epsilon if config.epsilon_high is None else config.epsilon_high
     kind = config.loss_type
     if kind in ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "ppo_dual"):
-        capped = s.w if config.delta is None else s.w.clamp(max=config.delta)
-        gain = torch.minimum(capped * s.A, s.w.clamp(1 - low, 1 + high) * s.A)
+        capped = _limit(s.w, high=math.inf if config.delta is None else config.delta)
+        gain = torch.minimum(capped * s.A, _limit(s.w, 1 - low, 1 + high) * s.A)
         if kind == "ppo_dual":
             gain = torch.where(s.A < 0, torch.maximum(gain, config.dual_clip * s.A), gain)
         return -gain
     if kind == "cispo":
-        return -s.w.clamp(max=high).detach() * s.A * s.p
+        return -_limit(s.w, high=high).detach() * s.A * s.p
     if kind == "sapo":
         tau = _by_sign(s.A > 0, config.sapo_temperature_pos, config.sapo_temperature_neg, like=s.p)
         return -s.A * torch.sigmoid(tau * (s.w - 1)) * 4 / tau
@@ -248,9 +248,9 @@ def _policy(s: SimpleNamespace, config: Any) -> Tensor:
         advantage = s.A.mean()  # a sequence's, even where advantages come per token
         r = s.r
         if advantage > 0:
-            r = r.clamp(max=math.log(1 + high))
+            r = _limit(r, high=math.log(1 + high))
         elif advantage < 0:
-            r = r.clamp(min=math.log(1 - low) if low < 1 else -math.inf)
+            r = _limit(r, low=math.log(1 - low) if low < 1 else -math.inf)
         return (-advantage * r.mean().exp()).expand(s.p.shape)
     if kind == "dppo":
         behaviour = s.old if s.sampling is None else s.sampling
@@ -263,6 +263,11 @@ def _policy(s: SimpleNamespace, config: Any) -> Tensor:
     raise ValueError(f"loss_type: expected a member of the GRPO family; got {kind!r}")
 
 
+def _limit(x: Tensor, low: float = -math.inf, high: float = math.inf) -> Tensor:
+    """`x` within [low, high]; its gradient is 1 up to and on the bounds, 0 beyond (torch's clamp: by version)."""
+    return torch.where((x < low) | (x > high), x.detach().clamp(low, high), x)
+
+
 def _by_sign(condition: Tensor, positive: float, negative: float, *, like: Tensor) -> Tensor:
     """`positive` where the condition holds, else `negative`, in the dtype of `like`."""
     return torch.where(condition, torch.full_like(like, positive), torch.full_like(like, negative))
@@ -271,10 +276,10 @@ def _by_sign(condition: Tensor, positive: float, negative: float, *, like: Tenso
 def _vespo_phi(s: SimpleNamespace, config: Any) -> Tensor:
     """exp(lambda + k log W - lambda W), W the sequence's ratio to the policy that sampled."""
     floor = math.log(1e-8)
-    log_w = s.r.clamp(-20, 20).sum() + s.importance.log().clamp(floor, 20).sum()
-    log_w = log_w.clamp(floor, 20)
+    log_w = _limit(s.r, -20, 20).sum() + _limit(s.importance.log(), floor, 20).sum()
+    log_w = _limit(log_w, floor, 20)
     k = _by_sign(s.A >= 0, config.vespo_k_pos, config.vespo_k_neg, like=s.p)
-    rate = _by_sign(s.A >= 0, config.vespo_lambda_pos, config.vespo_lambda_neg, like=s.p).clamp(min=1e-4)
+    rate = _limit(_by_sign(s.A >= 0, config.vespo_lambda_pos, config.vespo_lambda_neg, like=s.p), low=1e-4)
     return torch.exp(rate + k * log_w - rate * log_w.exp())
 
 

@@ -19,22 +19,32 @@ from grpo_fast.objectives import Tokens, couples_tokens, needs_every_row
 from grpo_fast.ops.group_backend import ActiveRows, TokenRows, native_token_rows
 
 
-def token_rows(tokens: Tokens, config: LossConfig, normalizer: Tensor | float | None, *, masked: bool) -> TokenRows:
+def token_rows(
+    tokens: Tokens,
+    config: LossConfig,
+    normalizer: Tensor | float | None,
+    *,
+    masked: bool,
+    per_token: bool,
+    backend: str,
+) -> TokenRows:
     """Weights, advantages and the rows to compute.
 
     Left out are masked rows and, unless something needs them, rows whose gradient is known to be zero: zero advantage,
     or a masked train/inference correction. An objective that couples a sequence's tokens keeps or drops it whole.
 
     Args:
-        tokens: with advantages as the caller gave them: `[S]`, or `[T]` with anything where masked.
+        tokens: with advantages as the caller gave them: `[S]`, or if `per_token` `[T]` with anything where masked.
         normalizer: replaces the loss type's denominator.
         masked: whether `tokens.mask` can hold a False at all.
+        backend: the name of the one that computes the rows.
     """
     every_row = needs_every_row(config)
     asks_device = masked or not every_row
-    if not couples_tokens(config, has_old=tokens.old_logprobs is not None):
+    ambiguous = per_token and tokens.segments.num_sequences == tokens.segments.num_tokens  # native code goes by sizes
+    if not ambiguous and not couples_tokens(config, has_old=tokens.old_logprobs is not None):
         if normalizer is None and config.loss_type == "dr_grpo":
-            normalizer = default_normalizer(config, tokens.mask, tokens.segments)
+            normalizer = default_normalizer(config, tokens.mask, tokens.segments).clamp(min=1)
         native = native_token_rows(
             tokens.advantages,
             tokens.segments.cu_seqlens,
@@ -44,16 +54,26 @@ def token_rows(tokens: Tokens, config: LossConfig, normalizer: Tensor | float | 
             aggregation=aggregation_name(config),
             normalizer=normalizer,
             every_row=every_row,
+            backend=backend,
         )
         if native is not None:
             return native if asks_device else replace(native, active=None)
     advantages = tokens.advantages
-    if advantages.shape == (tokens.segments.num_sequences,):
+    if not per_token:
         advantages = tokens.segments.spread(advantages)
     advantages = torch.where(tokens.mask, advantages, 0.0)
     weights = token_weights(config, tokens.mask, tokens.segments, normalizer, advantages.dtype)
     active = ActiveRows(_active_mask(tokens, advantages, config)) if asks_device else None
     return TokenRows(weights, advantages, active)
+
+
+def looks_at_sequences(config: LossConfig) -> bool:
+    """Whether the loss depends on where sequences end."""
+    return (
+        aggregation_name(config) != "token_mean"
+        or couples_tokens(replace(config, top_entropy_quantile=1.0), has_old=True)
+        or (config.importance_sampling_mode or "").startswith("sequence")
+    )
 
 
 def _active_mask(tokens: Tokens, advantages: Tensor, config: LossConfig) -> Tensor:

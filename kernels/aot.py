@@ -28,7 +28,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import sass
+from . import launcher, sass
 from .configuration import ARCHES, Configuration
 
 # Modules of kernels, each with its aot_configurations().
@@ -39,6 +39,7 @@ MODULES: tuple[str, ...] = (
     "forward_logprobs",
     "group_advantages",
     "group_rows",
+    "scale",
 )
 
 # Of one multiprocessor: registers, warps and blocks that are resident at most; shared memory by architecture.
@@ -101,11 +102,7 @@ def compile_kernel(configuration: Configuration, arch: int) -> Any:
         constexprs=configuration.constexprs,
         attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in configuration.divisible},
     )
-    options = {
-        "num_warps": configuration.num_warps,
-        "num_stages": configuration.num_stages,
-        "enable_fp_fusion": configuration.enable_fp_fusion,
-    }
+    options = {"num_warps": configuration.num_warps, "num_stages": configuration.num_stages, **launcher.OPTIONS}
     try:
         return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as error:  # whatever pass or tool it comes from, the label is what finds it

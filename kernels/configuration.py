@@ -14,7 +14,7 @@ from torch import Tensor
 
 ARCHES = (80, 90, 100)
 
-_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
+_OPTIONS = ("num_warps", "num_stages")
 _TYPES = {
     torch.float64: "fp64",
     torch.float32: "fp32",
@@ -35,8 +35,8 @@ class Configuration:
 
     `signature` gives the run-time arguments their Triton types ("*fp32", "i32", ...) and `constexprs` the others their
     values; a pointer that is absent is the constexpr None. `divisible` names the arguments that the launcher sees to be
-    multiples of 16 (pointers: aligned to 16 bytes), which is what Triton finds out itself at a launch. `num_warps`,
-    `num_stages` and `enable_fp_fusion` default to what Triton launches with.
+    multiples of 16 (pointers: aligned to 16 bytes), which is what Triton finds out itself at a launch. `num_warps` and
+    `num_stages` default to what Triton launches with; `launcher.OPTIONS` are every kernel's.
 
     `sweep_bytes`: bytes that the main loops load for one logit (4: an fp32 logit and nothing else), for kernels that go
     through rows of logits; None for the others.
@@ -51,7 +51,6 @@ class Configuration:
     constexprs: dict[str, object] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
-    enable_fp_fusion: bool = True
     arches: tuple[int, ...] = ARCHES
     divisible: tuple[str, ...] = ()
     sweep_bytes: int | None = None
@@ -69,10 +68,11 @@ class Configuration:
 
     @classmethod
     def of_launch(cls, label: str, kernel: Any, arguments: Mapping[str, object], **fields: Any) -> Configuration:
-        """What `kernel[grid](**arguments)` compiles, by Triton's rules; its options may be among the arguments.
+        """What `launcher.launch(kernel, grid, arguments, device)` compiles, by Triton's rules.
 
-        None and the integer 1 become constants, other integers and addresses are divisible by 16 where they are, but
-        for those of `do_not_specialize`. Tensors may be on the meta device, whose addresses are 0.
+        None and the integer 1 become constants, other integers and addresses are divisible by 16 where they are; not so
+        for those of `do_not_specialize`, and not the latter for those of `do_not_specialize_on_alignment`. Tensors may
+        be on the meta device, whose addresses are 0.
 
         Args:
             fields: `arches` and `sweep_bytes` of the configuration.
@@ -96,7 +96,8 @@ class Configuration:
                 continue
             signature[name] = parameter.annotation_type or _type(f"{label}: {name}", value)
             number = value.data_ptr() if isinstance(value, Tensor) else value
-            if special and type(number) is int and number % 16 == 0:
+            aligns = special and not parameter.do_not_specialize_on_alignment
+            if aligns and type(number) is int and number % 16 == 0:
                 divisible.append(name)
         fields |= {"constexprs": constexprs, "divisible": tuple(divisible), **options}
         return cls(label=label, kernel=kernel, signature=signature, **fields)

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from itertools import product
@@ -37,6 +36,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .configuration import ARCHES, Configuration
 from .forward_launches import Launch, default_launch
+from .launcher import launch as launch_kernel
 
 LOG2E = math.log2(math.e)
 LN2 = tl.constexpr(math.log(2.0))
@@ -46,6 +46,8 @@ NOTHING = tl.constexpr(-1e38)
 FLOOR = tl.constexpr(-200.0)
 ROWS_PER_LAUNCH = 2**15
 COMBINE_ROWS = 128
+_COMBINE = {"BLOCK_T": COMBINE_ROWS, "num_warps": 4}
+_RESULTS = ("logprobs", "entropy", "lse")
 
 # One binary for all T, V, H: what an argument happens to be divisible by is nothing to compile for.
 _PLAIN = ["num_rows", "vocab", "tiles_per_split", "width", "hidden_stride", "weight_stride"]
@@ -108,7 +110,9 @@ def _forward_kernel(
 
     rows = row_start + tl.arange(0, BLOCK_T)
     live = rows < num_rows
-    target = tl.load(targets + rows, mask=live, other=-1).to(tl.int32)
+    target = tl.load(targets + rows, mask=live, other=0)
+    known = (target >= 0) & (target < vocab)
+    target = target.to(tl.int32)
     scale = tl.full([BLOCK_T], 1.0, tl.float32) * outer
     if temperature is not None:
         scale = scale / tl.load(temperature + rows, mask=live, other=1.0)
@@ -119,7 +123,7 @@ def _forward_kernel(
     m = tl.full([BLOCK_T], NOTHING, tl.float32)
     s = tl.zeros([BLOCK_T], tl.float32)
     u = tl.zeros([BLOCK_T], tl.float32)
-    z_target = tl.zeros([BLOCK_T], tl.float32)
+    z_target = tl.where(known, 0.0, float("nan"))
     first = split * tiles_per_split
     num_steps = tl.cdiv(width * UNIT, BLOCK_K)
     num_full = vocab // BLOCK_V
@@ -281,10 +285,12 @@ def forward_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(logprobs, entropy, lse) `[T]` float32, in nats, of softmax rows whose logits are never in memory.
 
+    logprobs are NaN where the target is outside `[0, V)`.
+
     Args:
         hidden: `[T, H]` bfloat16, float16 or float32 (then multiplied without rounding to tf32); any row stride.
         weight: `[V, H]`, the same dtype; any row stride.
-        targets: `[T]` int64 in `[0, V)`.
+        targets: `[T]` int64.
         bias: `[V]`, any floating dtype; minus infinity takes an entry out.
         logit_scale, softcap: z = softcap tanh(logit_scale (x + bias) / softcap), without tanh if softcap is None.
         temperature: positive, a number or `[T]` float32.
@@ -315,36 +321,35 @@ def forward_logprobs(
         even_k=width % launch.block_k == 0,
     )
     partials = hidden.new_empty(num_splits, 4, min(num_rows, ROWS_PER_LAUNCH), dtype=torch.float32)
-    with torch.cuda.device(hidden.device) if hidden.is_cuda else nullcontext():
-        for start in range(0, num_rows, ROWS_PER_LAUNCH):
-            rows = slice(start, min(start + ROWS_PER_LAUNCH, num_rows))
-            count = rows.stop - start
-            operands: tuple[Any, Any] = hidden[rows], weight
-            if launch.descriptors:
-                blocks = ([launch.block_t, launch.block_k], [launch.block_v, launch.block_k])
-                operands = tuple(map(TensorDescriptor.from_tensor, operands, blocks))
-            _forward_kernel[(triton.cdiv(count, launch.block_t) * num_splits,)](
-                *operands,
-                bias,
-                targets[rows],
-                None if row_temperature is None else row_temperature[rows],
-                partials,
-                count,
-                vocab,
-                tiles_per_split,
-                width // unit,
-                hidden.stride(0) // unit,
-                weight.stride(0) // unit,
-                inner,
-                outer,
-                **constexprs,
-                num_warps=launch.num_warps,
-                num_stages=launch.num_stages,
-            )
-            outputs = (result[rows] for result in results)
-            _combine_kernel[(triton.cdiv(count, COMBINE_ROWS),)](
-                partials, *outputs, count, num_splits, BLOCK_T=COMBINE_ROWS, num_warps=4
-            )
+    for start in range(0, num_rows, ROWS_PER_LAUNCH):
+        rows = slice(start, min(start + ROWS_PER_LAUNCH, num_rows))
+        count = rows.stop - start
+        operands: tuple[Any, Any] = hidden[rows], weight
+        if launch.descriptors:
+            blocks = ([launch.block_t, launch.block_k], [launch.block_v, launch.block_k])
+            operands = tuple(map(TensorDescriptor.from_tensor, operands, blocks))
+        forward = {
+            **dict(zip(("hidden", "weight"), operands, strict=True)),
+            "bias": bias,
+            "targets": targets[rows],
+            "temperature": None if row_temperature is None else row_temperature[rows],
+            "partials": partials,
+            "num_rows": count,
+            "vocab": vocab,
+            "tiles_per_split": tiles_per_split,
+            "width": width // unit,
+            "hidden_stride": hidden.stride(0) // unit,
+            "weight_stride": weight.stride(0) // unit,
+            "inner": inner,
+            "outer": outer,
+            **constexprs,
+            "num_warps": launch.num_warps,
+            "num_stages": launch.num_stages,
+        }
+        launch_kernel(_forward_kernel, (triton.cdiv(count, launch.block_t) * num_splits,), forward, hidden.device)
+        outputs = dict(zip(_RESULTS, (result[rows] for result in results), strict=True))
+        combine = {"partials": partials, **outputs, "num_rows": count, "num_splits": num_splits, **_COMBINE}
+        launch_kernel(_combine_kernel, (triton.cdiv(count, COMBINE_ROWS),), combine, hidden.device)
     return results[0], results[1], results[2]
 
 
@@ -354,13 +359,13 @@ def aot_configurations() -> Iterator[Configuration]:
     for architecture, (dtype, itemsize, unit, full) in product(ARCHES, operands):
         launch = default_launch(architecture, itemsize, aligned=unit > 1, bias=full)
         yield _configuration(architecture, dtype, launch, unit, full)
-    pointers = dict.fromkeys(("partials", "logprobs", "entropy", "lse"), "*fp32")
+    pointers = dict.fromkeys(("partials", *_RESULTS), "*fp32")
     yield Configuration(
         label="forward_logprobs combine",
         kernel=_combine_kernel,
         signature={**pointers, "num_rows": "i32", "num_splits": "i32"},
         constexprs={"BLOCK_T": COMBINE_ROWS},
-        num_warps=4,
+        num_warps=_COMBINE["num_warps"],
         divisible=tuple(pointers),
     )
 

@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo_fast.kernels.configuration import Configuration
+from grpo_fast.kernels.launcher import launch
 
 STD_EPSILON = tl.constexpr(1e-4)
 
@@ -225,10 +226,11 @@ def group_advantages(
     alone = aggregation == "normalize_then_sum"
     scores = torch.empty_like(rewards) if alone else None
     grid = (num if group_size is None else num // group_size, kinds if alone else 1)
-    with torch.cuda.device_of(rewards):
-        _group_kernel[grid](**_group_arguments(rewards, group_size, order, labels, factors, out, scores, scale))
-        if alone or scale == "batch":
-            _batch_kernel[(triton.cdiv(num, BATCH_TILE),)](**_batch_arguments(rewards, factors, out, scores))
+    arguments = _group_arguments(rewards, group_size, order, labels, factors, out, scores, scale)
+    launch(_group_kernel, grid, arguments, rewards.device)
+    if alone or scale == "batch":
+        tiles = (triton.cdiv(num, BATCH_TILE),)
+        launch(_batch_kernel, tiles, _batch_arguments(rewards, factors, out, scores), rewards.device)
     return out
 
 
@@ -258,7 +260,6 @@ def _group_arguments(
         "ALONE": alone,
         "BLOCK": lanes,
         "num_warps": lanes // 32,
-        "enable_fp_fusion": False,
     }
 
 
@@ -272,7 +273,6 @@ def _batch_arguments(rewards: Tensor, factors: Tensor | None, out: Tensor, score
         "num_rewards": rewards.shape[1],
         "BLOCK": BATCH_TILE,
         "num_warps": BATCH_TILE // 32,
-        "enable_fp_fusion": False,
     }
 
 

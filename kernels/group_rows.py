@@ -31,6 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo_fast.kernels.configuration import Configuration
+from grpo_fast.kernels.launcher import launch
 
 
 @triton.jit
@@ -214,9 +215,9 @@ def token_rows(
         "num_active": num_active,
     }
     num_tiles, lengths = count["num_tiles"], count["lengths"]
-    with torch.cuda.device_of(weights):
-        _count_kernel[(num_tiles if lengths is None else num_tiles + lengths.numel(),)](**count)
-        _write_kernel[(num_tiles,)](**_write_arguments(count, normalizer, aggregation, outputs))
+    programs = num_tiles if lengths is None else num_tiles + lengths.numel()
+    launch(_count_kernel, (programs,), count, weights.device)
+    launch(_write_kernel, (num_tiles,), _write_arguments(count, normalizer, aggregation, outputs), weights.device)
 
 
 def _count_arguments(

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from grpo_fast.kernels.configuration import Configuration
 from grpo_fast.kernels.row_sweeps import LOG2_E, row_gradient
-from grpo_fast.kernels.rows import Rows, examples
+from grpo_fast.kernels.rows import UNALIGNED, Rows, examples
 
 BYTES_PER_LOGIT = {"loads": 4, "stores": 2}
 
 
-@triton.jit(do_not_specialize=["num_rows", "vocab_start"])
+@triton.jit(do_not_specialize=["num_rows", "vocab_start"], do_not_specialize_on_alignment=[*UNALIGNED, "g", "e"])
 def _row_gradient_kernel(
     logits,  # [R, V]
     row_stride,
@@ -83,22 +83,19 @@ def row_gradient_of(
 
     Args:
         lse, entropy, g, e: `[R]`; e None is zero.
-        vocab_start: the vocabulary index of column 0.
+        vocab_start: the vocabulary index of column 0; targets outside these columns are other blocks'.
     """
-    if rows.num_rows == 0:
-        return
-    lse, entropy, g = lse.float().contiguous(), entropy.float().contiguous(), g.float().contiguous()
-    _row_gradient_kernel[rows.grid()](
-        dx=dx,
-        dx_stride=dx.stride(0),
-        lse=lse,
-        entropy=entropy,
-        g=g,
-        e=None if e is None else e.float().contiguous(),
-        vocab_start=vocab_start,
-        IN_PLACE=dx.untyped_storage().data_ptr() == rows.logits.untyped_storage().data_ptr(),
-        **rows.arguments(),
-    )
+    arguments = {
+        "dx": dx,
+        "dx_stride": dx.stride(0),
+        "lse": lse.float().contiguous(),
+        "entropy": entropy.float().contiguous(),
+        "g": g.float().contiguous(),
+        "e": None if e is None else e.float().contiguous(),
+        "vocab_start": vocab_start,
+        "IN_PLACE": dx.untyped_storage().data_ptr() == rows.logits.untyped_storage().data_ptr(),
+    }
+    rows.run(_row_gradient_kernel, arguments)
 
 
 def aot_configurations() -> Iterator[Configuration]:

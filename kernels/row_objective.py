@@ -9,7 +9,7 @@ instructions.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor
 from grpo_fast.kernels.configuration import Configuration
 from grpo_fast.kernels.objective import CORRECTIONS, KL_ESTIMATORS, POLICIES, objective_slope
 from grpo_fast.kernels.row_sweeps import LN_2, row_gradient, row_statistics, target_y
-from grpo_fast.kernels.rows import Example, Rows, examples
+from grpo_fast.kernels.rows import UNALIGNED, Example, Rows, examples
 
 BYTES_PER_LOGIT = {"loads": 8, "stores": 2}
 
@@ -47,7 +47,15 @@ class Objective:
                 raise ValueError(f"{name}: expected one of {', '.join(known)}; got {getattr(self, name)!r}")
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+_TOKENS = ("weights", "advantages", "old_logprobs", "ref_logprobs", "sampling_logprobs", "importance")
+_NUMBERS = ("parameters", "entropy_gradient", "grad_scale")
+RESULTS = {"logprobs": torch.float32, "entropy": torch.float32, "live": torch.bool}
+
+
+@triton.jit(
+    do_not_specialize=["num_rows"],
+    do_not_specialize_on_alignment=[*UNALIGNED, *_TOKENS, *_NUMBERS, "live"],
+)
 def _row_objective_kernel(
     logits,  # [R, V]
     row_stride,
@@ -67,7 +75,7 @@ def _row_objective_kernel(
     grad_scale,  # [1] float32 or None: multiplies dx
     logprobs,  # [R] float32, out
     entropy,  # [R] float32, out
-    live,  # [R] uint8, out: whether dx is not zero
+    live,  # [R] bool, out: whether dx is not zero
     num_rows,
     num_columns,
     scale,
@@ -92,8 +100,7 @@ def _row_objective_kernel(
             row_slope = slope / temperature
         highest, log_total, entropy2 = row_statistics(x, bias, num_columns, row_scale, cap_scale, TRANSFORM, LANES)
         target = tl.load(targets + row)
-        inside = (target >= 0) & (target < num_columns)
-        own = target_y(x, bias, tl.where(inside, target, 0), cap_scale, TRANSFORM)
+        own = target_y(x, bias, target, num_columns, cap_scale, TRANSFORM)
         logprob = ((own - highest) * row_scale - log_total) * LN_2
         row_entropy = entropy2 * LN_2
         g = tl.load(weights + row) * objective_slope(
@@ -115,7 +122,7 @@ def _row_objective_kernel(
             e = tl.load(entropy_gradient)
         tl.store(logprobs + row, logprob)
         tl.store(entropy + row, row_entropy)
-        tl.store(live + row, ((g != 0) | (e != 0)).to(tl.uint8))
+        tl.store(live + row, (g != 0) | (e != 0))
         if grad_scale is not None:
             g *= tl.load(grad_scale)
             e *= tl.load(grad_scale)
@@ -147,39 +154,37 @@ def row_objective_of(
     *,
     entropy_gradient: Tensor | None,
     grad_scale: Tensor | None,
+    results: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Write dx `[R, V]` (memory of its own, or `rows.dx(dtype)`); return (logprobs, entropy, live) `[R]`.
+
+    logprobs and dx are NaN where the target is outside `[0, V)`.
 
     Args:
         tokens: `weights`, `advantages`, and `old_logprobs`, `ref_logprobs`, `sampling_logprobs`, `importance` or None,
             each `[R]` float32, contiguous.
         entropy_gradient: `[1]` float32, d loss / d entropy of every row, or None for zero.
         grad_scale: `[1]` float32, multiplies dx, or None for one.
+        results: where to write the three, float32, float32 and bool; new tensors if None.
     """
-    logprobs, entropy = (rows.logits.new_empty(rows.num_rows, dtype=torch.float32) for _ in range(2))
-    live = rows.logits.new_empty(rows.num_rows, dtype=torch.uint8)
-    if rows.num_rows:
-        _row_objective_kernel[rows.grid()](
-            dx=dx,
-            dx_stride=dx.stride(0),
-            parameters=objective.parameters,
-            entropy_gradient=entropy_gradient,
-            grad_scale=grad_scale,
-            logprobs=logprobs,
-            entropy=entropy,
-            live=live,
-            POLICY=objective.policy,
-            KL=objective.kl,
-            KL_TIMES_RATIO=objective.kl_times_ratio,
-            CORRECTION=objective.correction,
-            IN_PLACE=dx.untyped_storage().data_ptr() == rows.logits.untyped_storage().data_ptr(),
-            **tokens,
-            **rows.arguments(),
-        )
-    return logprobs, entropy, live.view(torch.bool)
+    written = rows.results(results, RESULTS)
+    arguments = {
+        "dx": dx,
+        "dx_stride": dx.stride(0),
+        "parameters": objective.parameters,
+        "entropy_gradient": entropy_gradient,
+        "grad_scale": grad_scale,
+        "POLICY": objective.policy,
+        "KL": objective.kl,
+        "KL_TIMES_RATIO": objective.kl_times_ratio,
+        "CORRECTION": objective.correction,
+        "IN_PLACE": dx.untyped_storage().data_ptr() == rows.logits.untyped_storage().data_ptr(),
+    }
+    rows.run(_row_objective_kernel, arguments | written | tokens)
+    return written["logprobs"], written["entropy"], written["live"]
 
 
-_OPTIONAL = ("old_logprobs", "ref_logprobs", "sampling_logprobs", "importance", "entropy_gradient", "grad_scale")
+_OPTIONAL = (*_TOKENS[2:], "entropy_gradient", "grad_scale")
 # policy, KL, times ratio, correction, which optional tensors are given
 _VARIANTS: tuple[tuple[str, str, bool, str, tuple[str, ...]], ...] = (
     ("clipped", "none", True, "none", ("old_logprobs",)),
@@ -194,7 +199,7 @@ _VARIANTS: tuple[tuple[str, str, bool, str, tuple[str, ...]], ...] = (
 def _example_launch(example: Example, variant: int, *, in_place: bool) -> Configuration:
     policy, kl, kl_times_ratio, correction, given = _VARIANTS[variant]
     dx = example.dx()
-    results = {"logprobs": example.per_row(), "entropy": example.per_row(), "live": example.per_row(torch.uint8)}
+    results = {name: example.per_row(dtype) for name, dtype in RESULTS.items()}
     arguments = {name: example.per_row() if name in given else None for name in _OPTIONAL} | {
         "dx": dx,
         "dx_stride": dx.stride(0),

@@ -5,7 +5,7 @@ Bytes per logit: 4 read (2 from bf16), nothing written. Arithmetic: 1.25 exponen
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import triton
@@ -14,12 +14,15 @@ from torch import Tensor
 
 from grpo_fast.kernels.configuration import Configuration
 from grpo_fast.kernels.row_sweeps import LN_2, row_statistics, target_y
-from grpo_fast.kernels.rows import Rows, examples
+from grpo_fast.kernels.rows import UNALIGNED, Rows, examples
 
 BYTES_PER_LOGIT = {"loads": 4, "stores": 0}
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+RESULTS = {"logprobs": torch.float32, "entropy": torch.float32, "lse": torch.float32}
+
+
+@triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=UNALIGNED)
 def _row_statistics_kernel(
     logits,  # [R, V]
     row_stride,
@@ -43,26 +46,27 @@ def _row_statistics_kernel(
         if row_temperature is not None:
             row_scale = scale / tl.load(row_temperature + row)
         highest, log_total, entropy2 = row_statistics(x, bias, num_columns, row_scale, cap_scale, TRANSFORM, LANES)
-        target = tl.load(targets + row)
-        inside = (target >= 0) & (target < num_columns)
-        own = target_y(x, bias, tl.where(inside, target, 0), cap_scale, TRANSFORM)
+        own = target_y(x, bias, tl.load(targets + row), num_columns, cap_scale, TRANSFORM)
         tl.store(logprobs + row, ((own - highest) * row_scale - log_total) * LN_2)
         tl.store(entropy + row, entropy2 * LN_2)
         tl.store(lse + row, (highest * row_scale + log_total) * LN_2)
 
 
-def row_statistics_of(rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
-    """(logprobs, entropy, lse), each `[R]` float32, in nats."""
-    logprobs, entropy, lse = (rows.logits.new_empty(rows.num_rows, dtype=torch.float32) for _ in range(3))
-    if rows.num_rows:
-        _row_statistics_kernel[rows.grid()](logprobs=logprobs, entropy=entropy, lse=lse, **rows.arguments())
-    return logprobs, entropy, lse
+def row_statistics_of(rows: Rows, out: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """(logprobs, entropy, lse), each `[R]` float32, in nats; logprobs are NaN where the target is outside `[0, V)`.
+
+    Args:
+        out: where to write them; new tensors if None.
+    """
+    results = rows.results(out, RESULTS)
+    rows.run(_row_statistics_kernel, results)
+    return results["logprobs"], results["entropy"], results["lse"]
 
 
 def aot_configurations() -> Iterator[Configuration]:
     """Every launch of the table."""
     for example in examples():
-        results = {name: example.per_row() for name in ("logprobs", "entropy", "lse")}
+        results = {name: example.per_row(dtype) for name, dtype in RESULTS.items()}
         yield Configuration.of_launch(
             f"row_statistics, {example.label}",
             _row_statistics_kernel,

@@ -115,11 +115,12 @@ def row_statistics(x, bias, num_columns, scale, cap_scale, TRANSFORM: tl.constex
 
 
 @triton.jit
-def target_y(x, bias, column, cap_scale, TRANSFORM: tl.constexpr):
-    """y of one column."""
-    y = tl.load(x + column).to(tl.float32)
+def target_y(x, bias, column, num_columns, cap_scale, TRANSFORM: tl.constexpr):
+    """y of one column; NaN of one that the row does not have."""
+    inside = (column >= 0) & (column < num_columns)
+    y = tl.load(x + column, mask=inside, other=float("nan")).to(tl.float32)
     if bias is not None:
-        y += tl.load(bias + column).to(tl.float32)
+        y += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     return _transform(y, cap_scale, TRANSFORM)
 
 
@@ -177,10 +178,11 @@ def row_gradient(
         lse2: the row's lse times log2 e. entropy: in nats.
     """
     if (g == 0) & (e == 0):  # nothing to read: most rows, where most groups agree
+        if IN_PLACE:
+            tl.debug_barrier()  # a slower thread may not have read the target's logit, which g comes from
         _fill_zero(dx, num_columns, LANES)
     else:
-        inside = (target >= 0) & (target < num_columns)
-        own = target_y(x, bias, tl.where(inside, target, 0), cap_scale, TRANSFORM)
+        own = target_y(x, bias, target, num_columns, cap_scale, TRANSFORM)
         level = -g * slope
         if HAS_E:
             level -= e * entropy * slope
@@ -203,7 +205,7 @@ def row_gradient(
             tl.store(dx + start + offsets, dz.to(dx.dtype.element_ty))
         tl.debug_barrier()  # the target's column has been written by another thread
         dz = _dx(own, lse2, scale, level, tilt, TRANSFORM, HAS_E) + g * slope * _bend(own, TRANSFORM)
-        tl.store(dx + target, dz.to(dx.dtype.element_ty), mask=inside)
+        tl.store(dx + target, dz.to(dx.dtype.element_ty), mask=(target >= 0) & (target < num_columns))
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import log
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_fast.kernels import launcher
 from grpo_fast.kernels.launch_table import (
     ROW_LAUNCHES,
     RowLaunch,
@@ -18,6 +19,10 @@ from grpo_fast.kernels.launch_table import (
     num_programs,
     row_launch,
 )
+
+# What has one number a row is a slice of a longer tensor, wherever its chunk begins, and is read and written one number
+# at a time: its alignment is nothing to compile for.
+UNALIGNED = ("targets", "row_temperature", "logprobs", "entropy", "lse")
 
 
 @dataclass(frozen=True)
@@ -53,22 +58,38 @@ class Rows:
     def num_columns(self) -> int:
         return self.logits.shape[1]
 
-    def launch(self) -> RowLaunch:
-        return row_launch(self.num_columns, architecture(self.logits.device))
+    def run(self, kernel: Any, arguments: Mapping[str, Any]) -> None:
+        """Launch a row kernel with what it is told besides `self.arguments`; where there are no rows, nothing."""
+        if self.num_rows == 0:
+            return
+        device = self.logits.device
+        launch = row_launch(self.num_columns, architecture(device))
+        grid = (num_programs(launch, self.num_rows, device),)
+        launcher.launch(kernel, grid, self.arguments(launch) | arguments, device)
 
-    def grid(self) -> tuple[int]:
-        return (num_programs(self.launch(), self.num_rows, self.logits.device),)
+    def results(self, given: Sequence[Tensor] | None, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
+        """One `[R]` tensor for each name, of its dtype: those given, in that order, or new ones.
+
+        Raises:
+            ValueError: what is given is not contiguous `[R]` tensors of the dtypes.
+        """
+        if given is None:
+            return {name: self.logits.new_empty(self.num_rows, dtype=dtype) for name, dtype in dtypes.items()}
+        found = [(tuple(tensor.shape), tensor.dtype) for tensor in given]
+        expected = [((self.num_rows,), dtype) for dtype in dtypes.values()]
+        if found != expected or not all(tensor.is_contiguous() for tensor in given):
+            raise ValueError(f"results: expected contiguous {', '.join(dtypes)} {expected}; got {found}")
+        return dict(zip(dtypes, given, strict=True))
 
     def row_temperature(self) -> Tensor | None:
         """`[R]` float32, or None for a number."""
         return self.temperature.float().contiguous() if isinstance(self.temperature, Tensor) else None
 
-    def arguments(self, launch: RowLaunch | None = None) -> dict[str, Any]:
+    def arguments(self, launch: RowLaunch) -> dict[str, Any]:
         """What every row kernel is told; scale, cap_scale and slope of row_sweeps.py, for temperature 1 if by row."""
         temperature = 1.0 if isinstance(self.temperature, Tensor) else self.temperature
         top = abs(self.logit_scale) if self.softcap is None else self.softcap
         plain = "negate" if self.logit_scale < 0 else "none"
-        launch = launch or self.launch()
         return {
             "logits": self.logits,
             "row_stride": self.logits.stride(0),
@@ -83,7 +104,6 @@ class Rows:
             "TRANSFORM": plain if self.softcap is None else "softcap",
             "LANES": launch.lanes,
             "num_warps": launch.num_warps,
-            "enable_fp_fusion": False,  # else a kernel's statistics depend on what else is in the kernel
         }
 
     def dx(self, dtype: torch.dtype) -> Tensor:

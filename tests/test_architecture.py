@@ -18,8 +18,8 @@ from pathlib import Path
 import pytest
 
 REPO = Path(__file__).resolve().parent.parent
-MAX_LINES = 400
-MAX_TEST_LINES = 500  # tables of cases grow longer than code should
+MAX_LINES = 500  # a reader who must jump pays more than one who scrolls
+MAX_TEST_LINES = 600  # tables of cases grow longer than code should
 
 
 @dataclass(frozen=True)
@@ -89,18 +89,20 @@ def room(module: str) -> str:
     if parts[1] in ("kernels", "_C", "_cuda"):
         return "kernels"
     if parts[1] == "ops":
-        return "backend" if parts[-1].endswith("_backend") or parts[-1] == "backend" else "ops"
+        return "backend" if parts[-1].endswith("_backend") or parts[-1] in BACKENDS_OWN else "ops"
     if parts[1] in ("trainer", "integrations", "cli", "reference", "__main__", "doctor"):
         return parts[1].replace("__main__", "cli")
     return "shared" if parts[1] in SHARED else "loss"
 
 
 # Rooms that both the loss and the ops below it speak: what the options, rows and objectives are.
-SHARED = ("config", "packing", "objectives", "aggregation", "metrics")
+SHARED = ("config", "packing", "objectives", "aggregation", "install")
+BACKENDS_OWN = ("backend", "devices", "float32_products")
 
-# room -> rooms it may import from, besides itself. `root` is the empty package, `reference` is the tests' and doctor's.
+# room -> rooms it may import from, besides itself. `root` brings the loss when a name is asked for; `reference` is the
+# tests' and doctor's.
 ARROWS = {
-    "root": set(),
+    "root": {"shared", "loss"},
     "kernels": set(),
     "reference": set(),
     "shared": {"root"},

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_fast.trainer.batch import Experience, bounds, build_microbatches
+from grpo_fast.trainer.attention import NAME, PackLayout, attention_set_to, register
+from grpo_fast.trainer.batch import Experience, MicroBatch, bounds, build_microbatches, move_together
+from tests import tiny
 
 CPU = torch.device("cpu")
 PROMPTS = (4, 7, 3)
@@ -48,8 +55,10 @@ def test_every_target_is_predicted_once_by_its_predecessor(data, max_tokens):
             assert torch.equal(ids[pack.rows[rows]], torch.cat([prompt[-1:], own[:-1]]))
             start = prompt.numel() - 1
             assert torch.equal(positions[pack.rows[rows]], torch.arange(start, start + own.numel()))
-        assert torch.equal(pack.take(data.sampling_logprobs), data.sampling_logprobs[pack.token_index])
-        assert pack.take(None) is None
+        inputs = pack.loss_inputs(data)
+        assert torch.equal(inputs["sampling_logprobs"], data.sampling_logprobs[pack.token_index])
+        assert torch.equal(inputs["advantages"], data.advantages[pack.completions])
+        assert inputs["old_logprobs"] is inputs["ref_logprobs"] is None
 
 
 @pytest.mark.parametrize("max_tokens", [20, 30, 45, 1000])
@@ -87,3 +96,131 @@ def test_masks_and_tensors(data):
     assert again.old_logprobs is None
     for name, value in data.tensors().items():
         assert torch.equal(again.tensors()[name], value)
+
+
+# -- what crosses to a device, with the meta device for a GPU ---------------------------------------------------------
+
+META = torch.device("meta")
+SYNCHRONISING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "repeat_interleave")
+
+
+class Traffic(TorchDispatchMode):
+    """Copies between the CPU and a device, and operations on a device that make the CPU wait for it.
+
+    Attributes:
+        copies: (source on the CPU, keywords) of each copy. waits: the operations. pinned: sizes of pinned memory.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[tuple[Any, dict[str, Any]]] = []
+        self.waits: list[str] = []
+        self.pinned: list[int] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = function(*args, **kwargs)
+        name = function.overloadpacket.__name__
+        devices = {x.device.type for x in [*args, *kwargs.values()] if isinstance(x, torch.Tensor)}
+        if "device" in kwargs:
+            devices.add(torch.device(kwargs["device"]).type)
+        if name in ("_to_copy", "copy_", "_copy_from") and len(devices) > 1:
+            self.copies.append((args[0], kwargs))
+        # An index that is a mask is expanded on the device, which has to say how many there are.
+        masks = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        if devices - {"cpu"} and (masks or name.startswith(SYNCHRONISING)):
+            self.waits.append(name)
+        if kwargs.get("pin_memory"):
+            self.pinned.append(result.numel())
+        return result
+
+
+def tensors_of(pack: MicroBatch) -> dict[str, torch.Tensor]:
+    """All that should be on the device."""
+    own = {item.name: getattr(pack, item.name) for item in dataclasses.fields(pack)}
+    on_device = {name: value for name, value in own.items() if isinstance(value, torch.Tensor)}
+    del on_device["completions"], on_device["token_index"]
+    return on_device | {f"layout/{name}": value for name, value in pack.layout.tensors().items()}
+
+
+def as_copied(view: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """What a view of the device's buffer holds, read in the memory it was copied from."""
+    start = view.storage_offset() * view.element_size()
+    return source[start : start + view.nbytes].view(view.dtype).view(view.shape)
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "varlen"])
+def test_a_pack_crosses_to_the_device_in_one_copy(data, implementation):
+    """And its rows' numbers in another; what arrives is bit for bit what a CPU works with."""
+    data.old_logprobs = torch.rand(sum(COMPLETIONS))
+    (expected,) = build_microbatches(data, range(12), max_tokens=1000, implementation=implementation, device=CPU)
+    with Traffic() as traffic:
+        (pack,) = build_microbatches(data, range(12), max_tokens=1000, implementation=implementation, device=META)
+        inputs = pack.loss_inputs(data)
+    assert len(traffic.copies) == 2
+    assert not traffic.waits
+    assert all(keywords["non_blocking"] for _, keywords in traffic.copies)
+    moved, wanted = tensors_of(pack), tensors_of(expected)
+    assert moved.keys() == wanted.keys()
+    assert len(moved) == (10 if implementation == "sdpa" else 11)
+    for name, value in moved.items():
+        assert value.device == META, name
+        assert value.storage_offset() * value.element_size() % 16 == 0, name
+        assert torch.equal(as_copied(value, traffic.copies[0][0]), wanted[name]), name
+    for name, value in expected.loss_inputs(data).items():
+        assert (value is None) == (inputs[name] is None), name
+        assert value is None or torch.equal(as_copied(inputs[name], traffic.copies[1][0]), value), name
+    assert (pack.layout.padding_fraction, pack.layout.max_length) == (
+        expected.layout.padding_fraction,
+        expected.layout.max_length,
+    )
+
+
+def test_a_packs_forward_and_backward_never_wait(data):
+    register()
+    model = tiny.model().to(META)
+    data.tokens, data.prompts = data.tokens % tiny.VOCAB_SIZE, data.prompts % tiny.VOCAB_SIZE
+    (pack,) = build_microbatches(data, range(12), max_tokens=1000, implementation="sdpa", device=META)
+    with Traffic() as traffic, attention_set_to(model, NAME):
+        pack.states(model).sum().backward()
+    assert model.model.layers[0].mlp.up_proj.weight.grad is not None
+    assert not traffic.copies
+    assert not traffic.waits
+
+
+def test_the_spy_sees_what_waits():
+    """The mutation check of the two tests above."""
+    values, mask = torch.zeros(3, device=META), torch.ones(3, dtype=torch.bool, device=META)
+    with Traffic() as traffic:
+        torch.arange(3).to(META)
+        for wait in (lambda: values[0].item(), lambda: values[mask], lambda: mask.nonzero()):
+            try:
+                wait()
+            except (RuntimeError, NotImplementedError):  # there is no number on this device
+                traffic.waits.append("refused")
+    assert len(traffic.copies) == 1
+    assert len(traffic.waits) == 3
+
+
+def test_what_crosses_to_a_gpu_is_pinned():
+    tensors = {"a": torch.arange(3), "empty": torch.zeros(2, 0, dtype=torch.bool), "b": torch.zeros(5)}
+    with FakeTensorMode() as fake:
+        given = {name: fake.from_tensor(value) for name, value in tensors.items()}
+        with Traffic() as traffic:
+            moved = move_together(given, torch.device("cuda:1"))
+    assert traffic.pinned == [128]  # 24 and 20 bytes in pieces of 64
+    ((_, keywords),) = traffic.copies
+    assert keywords["non_blocking"]
+    for name, value in tensors.items():
+        assert moved[name].device == torch.device("cuda:1")
+        assert (moved[name].shape, moved[name].dtype) == (value.shape, value.dtype)
+
+
+def test_on_a_cpu_nothing_is_copied():
+    given = {"a": torch.arange(3)}
+    assert move_together(given, CPU)["a"] is given["a"]
+
+
+def test_a_layout_is_made_on_the_cpu():
+    layout = PackLayout.build([[range(3)]], 3, implementation="varlen")
+    assert {value.device for value in layout.tensors().values()} == {CPU}

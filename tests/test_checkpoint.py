@@ -81,6 +81,22 @@ def test_generators_continue(tmp_path):
     assert draw() == expected
 
 
+def test_generators_of_many_cards_go_back_in_their_order(tmp_path, monkeypatch):
+    """By name, cuda/10 comes before cuda/2."""
+    states = [torch.full((16,), number, dtype=torch.uint8) for number in range(12)]
+    restored: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(states))
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: states)
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", restored.extend)
+    load_checkpoint(save_checkpoint(tmp_path, make(1))).rng.restore()
+    assert [int(state[0]) for state in restored] == list(range(12))
+    restored.clear()
+    states.pop()
+    load_checkpoint(checkpoint_path(tmp_path, 1)).rng.restore()
+    assert not restored  # of another machine
+
+
 def test_only_the_newest_are_kept(tmp_path):
     for step in (2, 4, 6, 8):
         save_checkpoint(tmp_path, make(step), keep=2)

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from grpo_fast.cli import main
+from grpo_fast.install import install_command
 from tests import tiny
 
 
@@ -47,6 +48,7 @@ MISTAKES = {
     "no such model folder": ({}, ["model.path=./nowhere"], "model.path: expected a model folder or a hub name"),
     "a folder without a model": ({}, ["model.path={tmp}/empty"], "has no config.json"),
     "a model that is not on the hub": ({}, ["model.path=nobody/nothing"], "model.path: cannot load nobody/nothing"),
+    "a hub that is out of reach": ({}, ["model.path=nomodel"], "no such model in the cache"),
     "no such data": ({}, ["data.train={tmp}/none.jsonl"], "none.jsonl does not exist"),
     "empty data": ({}, ["data.train={tmp}/empty.jsonl"], "expected at least one example; got none"),
     "no prompt column": ({}, ["data.prompt_column=question"], "expected a column 'question'"),
@@ -111,6 +113,14 @@ def test_help(capsys, arguments):
     if arguments == ["--help"]:
         for command in ("train", "eval", "export", "doctor", "resume=auto"):
             assert command in text
+
+
+def test_a_bare_command_prints_help(capsys):
+    code, out, error = run(capsys)
+    assert code == 0
+    assert out.startswith("usage: grpo-fast")
+    assert "grpo-fast train recipes/demo.yaml" in out
+    assert not error
 
 
 def test_options_are_listed(capsys):
@@ -204,7 +214,7 @@ def test_a_missing_package_names_the_extra(recipe, capsys, monkeypatch):
     monkeypatch.setattr("grpo_fast.trainer.recipe.load_config", gone)
     code, _, error = run(capsys, "train", recipe())
     assert code == 2
-    assert "error: reasoning_gym_x is not installed; run pip install 'grpo-fast[train]'" in error
+    assert f"error: reasoning_gym_x is not installed; run {install_command('train')}\n" in error
 
 
 def test_out_of_memory_is_explained(recipe, capsys, monkeypatch):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.config import LossConfig
+from grpo_fast.install import install_command
 from grpo_fast.loss import grpo_loss, token_logprobs
 from grpo_fast.objectives import couples_tokens
 from grpo_fast.ops import backend as table
@@ -56,7 +57,7 @@ def products(hidden: Tensor, weight: Tensor, dx: Tensor) -> dict[str, Tensor]:
     logits = torch.empty(hidden.shape[0], shape[0])
     cpu.logits(hidden, weight, logits, hidden.shape[0])
     grad_hidden = torch.ones(hidden.shape)
-    cpu.grad_hidden(dx, weight, grad_hidden)
+    cpu.grad_hidden(dx, weight, grad_hidden, accumulate=True)
     added, plain, narrow = torch.ones(shape), torch.empty(shape, dtype=wide), torch.empty(shape, dtype=hidden.dtype)
     cpu.grad_weight(dx, hidden, added, added)
     cpu.grad_weight(dx, hidden, plain, None)
@@ -144,13 +145,20 @@ def test_machines_without_narrow_products(plan: str, monkeypatch: pytest.MonkeyP
         assert rel_rms(ours, plain) <= bound
 
 
-def test_what_is_not_built_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_built_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """By name it raises; `auto` goes on and says why, since pip swallows what setup.py says."""
     monkeypatch.setattr(cpu_backend, "_C", None)
     monkeypatch.setattr(cpu_backend, "_missing", "No module named 'grpo_fast._C'")
     monkeypatch.setattr(table, "_announced", set())
     with pytest.raises(ValueError, match=r"'cpu' is not available on cpu: grpo_fast._C is not built .*C\+\+17"):
         resolve_backend("cpu", CPU)
-    assert resolve_backend("auto", CPU) == "torch"
+    with caplog.at_level("INFO", logger="grpo_fast"):
+        assert resolve_backend("auto", CPU) == resolve_backend("auto", CPU) == "torch"
+    (message,) = [record.message for record in caplog.records]
+    assert message.startswith("backend auto: using 'torch' on cpu; not 'cpu': grpo_fast._C is not built (No module")
+    assert f"GRPO_FAST_CPU=1 {install_command()} shows why it fails" in message
 
 
 @needs_native

@@ -213,7 +213,7 @@ class Data:
             advantages=self.advantages.to(dtype),
             mask=mask,
             segments=segments,
-            num_active=mask.sum(),
+            bonus_count=mask.sum(),
             old_logprobs=self.old.to(dtype) if has_old else None,
             ref_logprobs=self.ref.to(dtype) if config.beta != 0 else None,
             sampling_logprobs=self.sampling.to(dtype) if has_sampling else None,

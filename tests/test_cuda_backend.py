@@ -131,7 +131,7 @@ def test_scaled_rows_from_numbers_on_the_device(native: Any) -> None:
     results = []
     for name, scale in (("torch", 8.0), ("cuda", 8.0), ("cuda", torch.tensor(8.0))):
         rows = RowChunk(logits.clone(), targets, transform)
-        dx, logprobs, entropy, live = get_backend(name).objective_rows(
+        dx, (logprobs, entropy, live) = get_backend(name).objective_rows(
             rows, RowObjective(tokens, weights, config, scale), dtype=torch.float32
         )
         results.append((dx, logprobs, entropy))

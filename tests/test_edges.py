@@ -224,8 +224,7 @@ def test_metrics_of_parts_merge_to_those_of_the_whole() -> None:
         parts.append(out.metrics)
     merged = Metrics.merge(parts).as_dict()
     for name, value in whole.items():
-        if name != "loss":  # the entropy bonus is a mean over each part
-            assert merged[name] == pytest.approx(value, rel=1e-9), name
+        assert merged[name] == pytest.approx(value, rel=1e-9), name
     assert whole["clip_ratio/region_mean"] > 0
     with pytest.raises(ValueError, match="parts: expected at least one"):
         Metrics.merge([])
@@ -312,7 +311,8 @@ BAD_LOSS_INPUTS: list[tuple[str, dict[str, Any], str]] = [
     ("targets shape", {"targets": torch.zeros(5, dtype=LONG)}, r"targets: expected shape \[6\].*got \[5\]"),
     ("targets dtype", {"targets": torch.zeros(6)}, "targets: expected dtype int64 or int32; got torch.float32"),
     ("targets high", {"targets": torch.tensor([0, 1, 9, 0, 0, 0])}, r"targets: .* in \[0, 9\) .*got 9 at \[2\]"),
-    ("targets low", {"targets": torch.tensor([0, 1, -100, 0, 0, 0])}, r"got -100 at \[2\]"),
+    ("targets low", {"targets": torch.tensor([0, 1, -1, 0, 0, 0])}, r"got -1 at \[2\]"),
+    ("none ignored", {"targets": torch.tensor([0, 1, -100, 0, 0, 0]), "ignore_index": None}, r"got -100 at \[2\]"),
     ("advantages", {"advantages": torch.zeros(3)}, r"advantages: expected shape \[2\] \(one a sequence\) or \[6\]"),
     ("advantages none", {"advantages": None}, "advantages: expected a tensor; got NoneType"),
     ("cu_seqlens end", {"cu_seqlens": torch.tensor([0, 2, 5])}, r"cu_seqlens: expected 0 = .* T = 6; got \[0, 2, 5\]"),
@@ -321,7 +321,8 @@ BAD_LOSS_INPUTS: list[tuple[str, dict[str, Any], str]] = [
     ("cu_seqlens dtype", {"cu_seqlens": torch.tensor([0.0, 2, 6])}, "cu_seqlens: expected dtype int32 or int64"),
     ("cu_seqlens rank", {"cu_seqlens": torch.zeros(1, 3, dtype=LONG)}, r"cu_seqlens: expected a tensor \[S\+1\]"),
     ("mask shape", {"loss_mask": torch.ones(5, dtype=LONG)}, r"loss_mask: expected shape \[6\]"),
-    ("mask dtype", {"loss_mask": torch.ones(6)}, "loss_mask: expected dtype bool or an integer one"),
+    ("mask dtype", {"loss_mask": torch.ones(6, dtype=torch.complex64)}, "loss_mask: expected bool, integers, or zeros"),
+    ("mask of weights", {"loss_mask": torch.full((6,), 0.5)}, "loss_mask: expected only zeros and ones"),
     ("old shape", {"old_logprobs": torch.zeros(2, 3)}, r"old_logprobs: expected shape \[6\].*got \[2, 3\]"),
     ("no ref", {"config": LossConfig(beta=0.1)}, "ref_logprobs: expected a tensor, as beta is 0.1; got None"),
     (
@@ -395,6 +396,7 @@ def test_main_grad_refuses_a_scaled_loss() -> None:
         ({"beta": math.nan}, "beta: expected a finite number"),
         ({"top_entropy_quantile": 1.5}, "top_entropy_quantile: expected .* <= 1"),
         ({"loss_type": "dr_grpo"}, "max_completion_length: dr_grpo divides by it"),
+        ({"loss_type": "cispo"}, "epsilon_high: expected a number, as cispo bounds the ratio by it"),
         ({"loss_type": "vespo", "importance_sampling_mode": "sequence_mask"}, "importance_sampling_mode: vespo"),
         ({"importance_sampling_clip_min": 4.0}, "importance_sampling_clip_min: expected at most"),
     ],

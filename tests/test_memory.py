@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from grpo_fast.loss import LossConfig, grpo_loss, token_logprobs
-from grpo_fast.ops import functions, gradients, launch
+from grpo_fast.ops import gradients, launch
 from grpo_fast.ops.backend import get_backend
 from tests.allocations import AllocationSpy
 from tests.cases import BACKENDS
@@ -73,7 +73,6 @@ def test_large_shapes_without_running_them(plan: str, dtype: torch.dtype, monkey
     """T = 8192, V = 151936 with the default CPU workspace, on fake tensors (which hold no values to count)."""
     tokens, vocab, width, sequences = 8192, 151936, 1024, 64
     monkeypatch.setattr(gradients, "_without_idle_rows", lambda index, hidden, dx, live: (index, hidden, dx))
-    monkeypatch.setattr(functions, "_is_known_unit", lambda gradient: False)
     counts = [tokens // sequences] * sequences
     monkeypatch.setattr(launch.HeadLaunch, "row_counts", lambda self, tokens: counts)
     with FakeTensorMode():

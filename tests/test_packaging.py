@@ -7,6 +7,7 @@ environments that see this one's packages.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,8 @@ import pytest
 import grpo_fast
 
 REPO = Path(__file__).resolve().parent.parent
-FILES = "pyproject.toml setup.py MANIFEST.in LICENSE README.md CHANGELOG.md constraints.txt Makefile".split()
+FILES = "pyproject.toml setup.py MANIFEST.in LICENSE README.md CHANGELOG.md Makefile".split()
+CONSTRAINTS = {"constraints.txt", "constraints-oldest.txt", "constraints-newest.txt"}
 FOLDERS = "grpo_fast kernels recipes".split()
 EXTENSION = "grpo_fast/_C" + str(sysconfig.get_config_var("EXT_SUFFIX"))
 
@@ -39,7 +41,7 @@ def run(*command: str | Path, cwd: Path, **env: str) -> str:
 def copy_sources(target: Path) -> Path:
     """The files a clone has, in `target`: building in the repository itself would leave things behind."""
     target.mkdir()
-    for name in FILES:
+    for name in (*FILES, *CONSTRAINTS):
         shutil.copy(REPO / name, target / name)
     for name in (*FOLDERS, "csrc"):
         shutil.copytree(REPO / name, target / name, ignore=shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info"))
@@ -110,6 +112,7 @@ def test_sdist_is_complete_and_licensed(distributions: dict[str, Path]) -> None:
     with tarfile.open(distributions["sdist"]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "CHANGELOG.md", "kernels/__init__.py", "setup.py", "pyproject.toml"} <= names
+    assert names >= CONSTRAINTS
     sources = {f"csrc/{path.name}" for path in (REPO / "csrc").iterdir() if path.is_file()}
     assert {"csrc/bindings.cpp", "csrc/objective.h", "csrc/row_cuda.cu", "csrc/nvcc.py"} <= sources <= names
 
@@ -283,3 +286,66 @@ def test_version_is_written_once() -> None:
     assert "\nversion =" not in (REPO / "pyproject.toml").read_text().split("[tool.")[0]
     assert "version=" not in (REPO / "setup.py").read_text()
     assert f"## {grpo_fast.__version__}" in (REPO / "CHANGELOG.md").read_text().replace("[", "").replace("]", "")
+
+
+# --- what versions are promised and tried ---
+
+
+def pins(name: str) -> dict[str, str]:
+    """distribution: release, of a constraints file; of several lines the first."""
+    found: dict[str, str] = {}
+    for line in (REPO / name).read_text().splitlines():
+        match = re.match(r"([\w.-]+)==([\w.]+)", line)
+        if match:
+            found.setdefault(match[1].lower(), match[2])
+    return found
+
+
+def lower_bounds(section: str) -> dict[str, str]:
+    """distribution: release that `>=` names, in a list of pyproject.toml."""
+    text = (REPO / "pyproject.toml").read_text()
+    listed = re.search(rf"^{section} = \[(.*?)\]$", text, flags=re.DOTALL | re.MULTILINE)
+    assert listed is not None, section
+    return dict(re.findall(r'"([\w.-]+)>=([\w.]+)', listed[1]))
+
+
+@pytest.mark.parametrize("section", ["requires", "dependencies", "train"])
+def test_every_lower_bound_is_what_the_oldest_run_installs(section: str) -> None:
+    """3.8 promises 3.8.*: `make test-oldest` runs with one of these, so the bound is reachable and works."""
+    tried, bounds = pins("constraints-oldest.txt"), lower_bounds(section)
+    assert bounds
+    wrong = {name: bound for name, bound in bounds.items() if f"{tried.get(name)}.".find(f"{bound}.") != 0}
+    assert not wrong, f"constraints-oldest.txt has { ({name: tried.get(name) for name in wrong}) } for {wrong}"
+
+
+@pytest.mark.parametrize("section", ["demo", "bench"])
+def test_other_lower_bounds_are_what_the_suite_installs(section: str) -> None:
+    tried, bounds = pins("constraints.txt"), lower_bounds(section)
+    tools = {"matplotlib", "pytest", "pytest-benchmark"}  # of another extra, and of developers
+    wrong = {name: bound for name, bound in bounds.items() if f"{tried.get(name)}.".find(f"{bound}.") != 0}
+    assert not wrong.keys() - tools, wrong
+
+
+def test_the_newest_run_is_ahead_of_the_suite() -> None:
+    def numbers(release: str) -> tuple[int, ...]:
+        return tuple(map(int, release.split(".")))
+
+    oldest, suite, newest = (pins(f"constraints{which}.txt") for which in ("-oldest", "", "-newest"))
+    for name in ("torch", "triton"):
+        assert numbers(oldest[name]) < numbers(suite[name]) < numbers(newest[name])
+    behind = [name for name, release in newest.items() if numbers(release) < numbers(suite.get(name, "0"))]
+    assert not behind
+
+
+def test_ci_runs_both_ends() -> None:
+    script = (REPO / ".ci" / "run").read_text().splitlines()
+    assert {"make test", "make test-oldest", "make test-newest"} <= set(script)
+    plan = subprocess.run(["make", "-n", "-B", "test-oldest", "test-newest"], cwd=REPO, capture_output=True, text=True)
+    assert plan.returncode == 0, plan.stderr
+    for which in ("oldest", "newest"):
+        lines = [line for line in plan.stdout.splitlines() if f".venv-{which}/bin/python -m" in line]
+        assert f"constraints-{which}.txt" in lines[0]
+        named = [word for line in lines[1:] for word in line.split() if word.startswith("tests/")]
+        assert len(named) > 15
+        assert all((REPO / word.partition("::")[0]).exists() for word in named), named
+        assert "TRITON_INTERPRET=1" in lines[-1]

@@ -248,6 +248,7 @@ def test_padded_equals_packed(kwargs: dict[str, Any]) -> None:
 def test_nothing_to_learn_from(loss_type: str, lengths: tuple[int, ...]) -> None:
     case = make_case(0, lengths, dtype=torch.float64, masked_fraction=1.0)
     options = {"beta": 0.1, "entropy_coef": 0.1, "top_entropy_quantile": 0.5, "max_completion_length": 8}
+    options["epsilon_high"] = 1.25
     loss, gradients = run(case, LossConfig(loss_type=loss_type, importance_sampling_level="sequence", **options))
     assert loss == 0
     assert all(gradient.eq(0).all() for gradient in gradients.values())
@@ -258,7 +259,8 @@ def test_micro_batches_add_up(loss_type: str) -> None:
     """With the whole step's denominator as `normalizer`, the losses of its parts sum to that of the whole."""
     case = make_case(0, dtype=torch.float64)
     assert case.cu_seqlens is not None
-    config = LossConfig(loss_type=loss_type, beta=0.1, importance_sampling_mode="token_mask", max_completion_length=24)
+    options = {"importance_sampling_mode": "token_mask", "max_completion_length": 24, "epsilon_high": 0.3}
+    config = LossConfig(loss_type=loss_type, beta=0.1, **options)
     num_sequences = case.cu_seqlens.numel() - 1
     per_sequence = {"grpo": 1, "sapo": 1, "luspo": 1, "gmpo": 1, "dr_grpo": 24}
     total = num_sequences * per_sequence[loss_type] if loss_type in per_sequence else int(case.loss_mask.sum())

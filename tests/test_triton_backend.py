@@ -1,18 +1,16 @@
-"""The triton backend without a GPU: when it is there, what its workspace holds, how two streams are ordered."""
+"""The triton backend without a GPU: when it is there, why it is not, what its workspace holds."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from grpo_fast.ops import backend, workspace
+from grpo_fast.ops import backend
 from grpo_fast.ops.backend import get_backend, resolve_backend
-from grpo_fast.ops.planner import row_budget
+from grpo_fast.ops.planner import default_workspace_bytes, row_budget, tuning
 
 GPU = torch.device("cuda", 0)
 MIB = 2**20
@@ -21,7 +19,9 @@ MIB = 2**20
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine with a Hopper GPU, as far as questions about it go; and without native code."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr("grpo_fast.ops.triton_backend._why_not_running", lambda device: None)
     monkeypatch.setattr("grpo_fast.ops.cpu_backend._C", None)
     monkeypatch.setattr(backend, "_announced", set())
     return monkeypatch
@@ -67,54 +67,27 @@ def test_budget(dtype: torch.dtype, vocab: int, workspace_mib: int) -> None:
     assert budget.chunk_rows * pitch * 4 <= workspace_mib * MIB
     if dtype == torch.bfloat16:
         assert budget.staged_rows >= budget.chunk_rows
-    if workspace_mib == 2560 and vocab == 151936:
-        assert (budget.tile_rows, budget.num_buffers) == (512, 2)
+    if vocab == 151936:
+        assert budget.num_buffers == 1
+        assert budget.tile_rows == {128: 64, 256: 128, 1024: 512, 2560: 1024}[workspace_mib]
+    with tuning(row_stream=True, tile_rows=512):
+        two = row_budget("triton", vocab, 1024, dtype, GPU, workspace_mib * MIB)
+        assert two.num_buffers == (2 if 4 * two.tile_rows * 4 * pitch <= workspace_mib * MIB else 1)
+        assert two.tile_rows <= 512
 
 
-class FakeStream:
-    """Runs what it is given in order, after the events that it waits for: a set of the operations done before."""
-
-    def __init__(self, *_: Any) -> None:
-        self.done: set[str] = set()
-
-    def run(self, name: str) -> set[str]:
-        before = set(self.done)
-        self.done.add(name)
-        return before
-
-    def record_event(self) -> set[str]:
-        return set(self.done)
-
-    def wait_event(self, event: set[str]) -> None:
-        self.done |= event
-
-    def wait_stream(self, other: FakeStream) -> None:
-        self.done |= other.done
+@pytest.mark.parametrize(("gib", "expected"), [(6, 2**29), (24, 24 * 2**26), (80, 2**32), (141, 2**32)])
+def test_default_workspace(gib: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sixteenth of the card, from 512 MiB to 4 GiB, whatever is free of it."""
+    properties = SimpleNamespace(total_memory=gib * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert default_workspace_bytes(GPU) == expected
+    assert default_workspace_bytes(torch.device("cpu")) == 2**28
 
 
-def test_two_streams_never_meet_in_a_buffer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A row function runs after its product, a product after the row function that last read its buffer."""
-    caller, current = FakeStream(), []
-
-    @contextmanager
-    def stream(other: FakeStream) -> Iterator[None]:
-        current.append(other)
-        yield
-        current.pop()
-
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: caller)
-    monkeypatch.setattr(torch.cuda, "Stream", FakeStream)
-    monkeypatch.setattr(torch.cuda, "stream", stream)
-    second = workspace.RowStream(GPU, 2)
-    for chunk in range(2):
-        for turn in range(5):
-            second.before_product(turn % 2)
-            before = caller.run(f"product {chunk} {turn}")
-            assert turn < 2 or f"rows {chunk} {turn - 2}" in before
-            assert turn == 0 or f"rows {chunk} {turn - 1}" not in before  # beside each other, not one after the other
-            with second.enter():
-                assert f"product {chunk} {turn}" in current[-1].run(f"rows {chunk} {turn}")
-                assert chunk == 0 or "backward 0" in current[-1].done  # dx is free again
-                second.leave(turn % 2)
-        second.join()
-        assert all(f"rows {chunk} {turn}" in caller.run(f"backward {chunk}") for turn in range(5))
+def test_bad_tuning() -> None:
+    with (
+        pytest.raises(ValueError, match="tile_rows: expected a power of two, at least 16; got 24"),
+        tuning(tile_rows=24),
+    ):
+        pass

@@ -6,7 +6,8 @@ Legend: R rows of a chunk, V vocabulary (or a block of it), H hidden size. For r
     lse_t = log sum_v exp z_tv         logprob_t = z_t[y_t] - lse_t        entropy_t = lse_t - sum_v p_tv z_tv
     dx_tv = (g_t (1[v = y_t] - p_tv) - e_t p_tv (log p_tv + entropy_t)) / temperature_t * softcap' * logit_scale
 
-To add a backend: subclass `Backend` in a file of its own and add a row to `_FACTORIES`.
+To add a backend: subclass `Backend` in a file of its own and add a row to `_FACTORIES`. What it may ask of a device is
+in `devices.py`.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import import_module
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.objectives import Tokens, objective, total_loss
+from grpo_fast.ops.devices import traits
 
 logger = logging.getLogger("grpo_fast")
 
@@ -66,6 +69,22 @@ class RowChunk:
     vocab_start: int = 0
 
 
+class RowStatistics(NamedTuple):
+    """What is known of rows once their logits are: `[R]` each, in the logits' dtype, nats; parts of buffers."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    lse: Tensor
+
+
+class ObjectiveResults(NamedTuple):
+    """What the row pass of an objective says of rows besides dx: `[R]` each; `live` bool, rows whose dx is not zero."""
+
+    logprobs: Tensor
+    entropy: Tensor
+    live: Tensor
+
+
 @dataclass(frozen=True)
 class RowSlopes:
     """What the gradient needs to know of rows: their statistics, and the loss's derivatives.
@@ -79,6 +98,10 @@ class RowSlopes:
     entropy: Tensor
     g: Tensor
     e: Tensor | None
+
+    def part(self, rows: slice) -> RowSlopes:
+        """Those of some of the rows."""
+        return RowSlopes(self.lse[rows], self.entropy[rows], self.g[rows], None if self.e is None else self.e[rows])
 
 
 @dataclass(frozen=True)
@@ -119,7 +142,7 @@ class Backend(ABC):
 
     def preferred_tile_rows(self, dtype: torch.dtype, device: torch.device) -> int:
         """Rows of one logits GEMM, before the workspace cap: a power of two."""
-        return 1024 if device.type == "cuda" else 128
+        return traits(device).tile_rows
 
     def row_pitch(self, vocab: int) -> int:
         """Elements from one row of logits or dx to the next."""
@@ -136,8 +159,8 @@ class Backend(ABC):
         """out `[R, V]` float32 = hidden `[R, H]` @ weight `[V, H]`^T, unrounded; in GEMMs of exactly `tile_rows`."""
 
     @abstractmethod
-    def grad_hidden(self, dx: Tensor, weight: Tensor, out: Tensor) -> None:
-        """out `[R, H]` float32 += dx `[R, V]` @ weight `[V, H]`."""
+    def grad_hidden(self, dx: Tensor, weight: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+        """out `[R, H]` float32 = dx `[R, V]` @ weight `[V, H]`, added to what is there if `accumulate`."""
 
     @abstractmethod
     def grad_weight(self, dx: Tensor, hidden: Tensor, out: Tensor, base: Tensor | None) -> None:
@@ -149,8 +172,11 @@ class Backend(ABC):
     # -- row functions -----------------------------------------------------------------------------------------------
 
     @abstractmethod
-    def statistics(self, rows: RowChunk) -> tuple[Tensor, Tensor, Tensor]:
-        """(logprobs, entropy, lse) `[R]` of the rows, whose raw products stay as they are."""
+    def statistics(self, rows: RowChunk, out: RowStatistics | None = None) -> RowStatistics:
+        """Statistics of the rows, written to `out` if given; the raw products stay as they are.
+
+        The logprob of a target outside the vocabulary is NaN.
+        """
 
     @abstractmethod
     def gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -162,30 +188,57 @@ class Backend(ABC):
         """
 
     def objective_rows(
-        self, rows: RowChunk, objective: RowObjective, *, dtype: torch.dtype, out: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self,
+        rows: RowChunk,
+        objective: RowObjective,
+        *,
+        dtype: torch.dtype,
+        out: Tensor | None = None,
+        results: ObjectiveResults | None = None,
+    ) -> tuple[Tensor, ObjectiveResults]:
         """The whole row pass: statistics, the objective's derivative, dx.
 
         A backend whose kernel does the three in one sweep overrides it for token-local objectives.
 
         Args:
             dtype, out: as in `gradient`.
+            results: where the results go; None: new tensors.
 
         Returns:
-            (dx `[R, V]`, logprobs `[R]`, entropy `[R]`, live `[R]` bool: rows whose dx is not zero).
+            dx `[R, V]` and the results.
         """
-        logprobs, entropy, lse = self.statistics(rows)
+        results = new_results(rows) if results is None else results
+        statistics = RowStatistics(results.logprobs, results.entropy, torch.empty_like(results.entropy))
+        logprobs, entropy, lse = self.statistics(rows, statistics)
         g, e = objective_derivative(logprobs, entropy, objective.tokens, objective.weights, objective.config)
-        live = g != 0 if e is None else (g != 0) | (e != 0)
+        torch.ne(g, 0, out=results.live)
+        if e is not None:
+            results.live.logical_or_(e != 0)
         scale = objective.grad_scale
-        slopes = RowSlopes(lse, entropy, g * scale, None if e is None else e * scale)
-        return self.gradient(rows, slopes, dtype=dtype, out=out), logprobs, entropy, live
+        slopes = RowSlopes(lse, entropy, _scaled(g, scale), None if e is None else _scaled(e, scale))
+        return self.gradient(rows, slopes, dtype=dtype, out=out), results
 
     def fused_forward(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, transform: Transform
     ) -> tuple[Tensor, Tensor, Tensor]:
         """(logprobs, entropy, lse) `[T]` without logits in memory, for backends with `has_fused_forward`."""
         raise NotImplementedError(f"{self.name} has no fused forward")
+
+
+def new_statistics(rows: RowChunk) -> RowStatistics:
+    """Memory for the statistics of rows."""
+    return RowStatistics(*(rows.logits.new_empty(rows.logits.shape[0]) for _ in range(3)))
+
+
+def new_results(rows: RowChunk) -> ObjectiveResults:
+    """Memory for the results of an objective's row pass."""
+    logits, num_rows = rows.logits, rows.logits.shape[0]
+    live = logits.new_empty(num_rows, dtype=torch.bool)
+    return ObjectiveResults(logits.new_empty(num_rows), logits.new_empty(num_rows), live)
+
+
+def _scaled(values: Tensor, scale: float | Tensor) -> Tensor:
+    return values if isinstance(scale, float) and scale == 1.0 else values * scale
 
 
 @contextmanager
@@ -240,9 +293,15 @@ def get_backend(name: str) -> Backend:
     return backend
 
 
+def kernels_run_on(device: torch.device) -> bool:
+    """Whether the Triton kernels run on a device."""
+    return get_backend("triton").why_unavailable(device) is None
+
+
 @torch.compiler.assume_constant_result  # looked up while tracing, not traced
 def resolve_backend(name: str, device: torch.device) -> str:
-    """The name of the backend to use on `device`; "auto" takes the first available and logs which, once.
+    """The name of the backend to use on `device`; "auto" takes the first available and logs, once, which
+    and why not those before it.
 
     Raises:
         ValueError: unknown name, or a backend asked for by name that does not run here (with the reason).
@@ -255,8 +314,13 @@ def resolve_backend(name: str, device: torch.device) -> str:
             raise ValueError(f"backend: {name!r} is not available on {device}: {reason}")
         return name
     candidates = _AUTO.get(device.type, ("torch",))
-    chosen = next(n for n in candidates if get_backend(n).why_unavailable(device) is None)
+    passed_over = ""
+    for chosen in candidates:
+        reason = get_backend(chosen).why_unavailable(device)
+        if reason is None:
+            break
+        passed_over += f"; not {chosen!r}: {reason}"
     if (chosen, device.type) not in _announced:
         _announced.add((chosen, device.type))
-        logger.info("backend auto: using %r on %s", chosen, device.type)
+        logger.info("backend auto: using %r on %s%s", chosen, device.type, passed_over)
     return chosen

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.ops.backend import RowChunk, RowObjective, RowSlopes
+from grpo_fast.ops.backend import ObjectiveResults, RowChunk, RowObjective, RowSlopes, RowStatistics
 from grpo_fast.ops.fused_backend import FusedBackend, correction_of, token_tensors
 from grpo_fast.ops.native_backend import (
     NativeRows,
@@ -92,11 +92,13 @@ class CpuBackend(FusedBackend):
             threads=threads,
         )
 
-    def grad_hidden(self, dx: Tensor, weight: Tensor, out: Tensor) -> None:
+    def grad_hidden(self, dx: Tensor, weight: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
         if not _multiplies(dx.dtype):
-            super().grad_hidden(dx, weight, out)
+            super().grad_hidden(dx, weight, out, accumulate=accumulate)
             return
         weight = weight.contiguous()
+        if not accumulate:
+            out.zero_()
         scratch, threads = _scratch(out)
         _C.gemm_grad_hidden(
             _dtype(dx.dtype),
@@ -136,17 +138,15 @@ class CpuBackend(FusedBackend):
 
     # -- row functions -----------------------------------------------------------------------------------------------
 
-    def fused_statistics(self, rows: RowChunk) -> tuple[Tensor, Tensor, Tensor]:
-        logprobs, entropy, lse = (rows.logits.new_empty(rows.logits.shape[0]) for _ in range(3))
+    def fused_statistics(self, rows: RowChunk, out: RowStatistics) -> None:
         native_rows = _Rows(rows)
         _C.row_statistics(
             native_rows.native,
-            logprobs=logprobs.data_ptr(),
-            entropy=entropy.data_ptr(),
-            lse=lse.data_ptr(),
+            logprobs=out.logprobs.data_ptr(),
+            entropy=out.entropy.data_ptr(),
+            lse=out.lse.data_ptr(),
             threads=torch.get_num_threads(),
         )
-        return logprobs, entropy, lse
 
     def fused_gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None) -> Tensor:
         native_rows, kept = _Rows(rows), slope_tensors(slopes)
@@ -160,25 +160,28 @@ class CpuBackend(FusedBackend):
         return _dx(rows.logits, dtype, out)
 
     def fused_objective(
-        self, rows: RowChunk, objective: RowObjective, *, dtype: torch.dtype, out: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        logits, config = rows.logits, objective.config
-        logprobs, entropy = (logits.new_empty(logits.shape[0]) for _ in range(2))
-        live = logits.new_empty(logits.shape[0], dtype=torch.bool)
+        self,
+        rows: RowChunk,
+        objective: RowObjective,
+        results: ObjectiveResults,
+        *,
+        dtype: torch.dtype,
+        out: Tensor | None,
+    ) -> Tensor:
         native_rows, given = _Rows(rows), token_tensors(objective)
         _C.row_objective(
             native_rows.native,
-            objective_config(_C, config, correction_of(objective)),
+            objective_config(_C, objective.config, correction_of(objective)),
             **{name: _address(t) for name, t in given.items()},
-            entropy_gradient=-config.entropy_coef / max(float(objective.tokens.num_active), 1.0),
+            entropy_gradient=-objective.config.entropy_coef / float(objective.tokens.bonus_count),
             grad_scale=float(objective.grad_scale),
             dtype=_dtype(_dx_dtype(dtype)),
-            logprobs=logprobs.data_ptr(),
-            entropy=entropy.data_ptr(),
-            live=live.data_ptr(),
+            logprobs=results.logprobs.data_ptr(),
+            entropy=results.entropy.data_ptr(),
+            live=results.live.data_ptr(),
             threads=torch.get_num_threads(),
         )
-        return _dx(logits, dtype, out), logprobs, entropy, live
+        return _dx(rows.logits, dtype, out)
 
 
 def _dtype(dtype: torch.dtype) -> Any:

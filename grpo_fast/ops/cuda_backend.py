@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.ops.backend import RowChunk, RowObjective, RowSlopes
+from grpo_fast.ops.backend import ObjectiveResults, RowChunk, RowObjective, RowSlopes, RowStatistics
 from grpo_fast.ops.fused_backend import GpuBackend, correction_of, entropy_slope, old_gpu, token_tensors
 from grpo_fast.ops.native_backend import (
     NativeRows,
@@ -46,21 +46,17 @@ class CudaBackend(GpuBackend):
             return "its kernels run on NVIDIA GPUs; use cpu or torch"
         if _cuda is None:
             return not_built("grpo_fast._cuda", _missing, "NVIDIA's nvcc", "GRPO_FAST_CUDA")
-        if not torch.cuda.is_available():
-            return "torch sees no CUDA device: it is built without CUDA, or there is no driver or GPU"
         return old_gpu(device)
 
-    def fused_statistics(self, rows: RowChunk) -> tuple[Tensor, Tensor, Tensor]:
+    def fused_statistics(self, rows: RowChunk, out: RowStatistics) -> None:
         native_rows = NativeRows(_cuda, rows)
-        logprobs, entropy, lse = (rows.logits.new_empty(rows.logits.shape[0]) for _ in range(3))
         _cuda.row_statistics(
             native_rows.native,
-            logprobs=logprobs.data_ptr(),
-            entropy=entropy.data_ptr(),
-            lse=lse.data_ptr(),
+            logprobs=out.logprobs.data_ptr(),
+            entropy=out.entropy.data_ptr(),
+            lse=out.lse.data_ptr(),
             **_queue(rows.logits),
         )
-        return logprobs, entropy, lse
 
     def fused_gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None) -> Tensor:
         native_rows, kept = NativeRows(_cuda, rows), slope_tensors(slopes)
@@ -75,12 +71,16 @@ class CudaBackend(GpuBackend):
         return dx
 
     def fused_objective(
-        self, rows: RowChunk, objective: RowObjective, *, dtype: torch.dtype, out: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        logits, native_rows = rows.logits, NativeRows(_cuda, rows)
-        dx = _over(logits, dtype) if out is None else out
-        logprobs, entropy = (logits.new_empty(logits.shape[0]) for _ in range(2))
-        live = logits.new_empty(logits.shape[0], dtype=torch.bool)
+        self,
+        rows: RowChunk,
+        objective: RowObjective,
+        results: ObjectiveResults,
+        *,
+        dtype: torch.dtype,
+        out: Tensor | None,
+    ) -> Tensor:
+        native_rows = NativeRows(_cuda, rows)
+        dx = _over(rows.logits, dtype) if out is None else out
         scale = objective.grad_scale.float().reshape(1) if isinstance(objective.grad_scale, Tensor) else None
         kept = token_tensors(objective) | {"entropy_gradient": entropy_slope(objective), "grad_scale": scale}
         _cuda.row_objective(
@@ -89,12 +89,12 @@ class CudaBackend(GpuBackend):
             **{name: address(t) for name, t in kept.items()},
             grad_scale_value=1.0 if scale is not None else float(objective.grad_scale),
             **_dx(dx),
-            logprobs=logprobs.data_ptr(),
-            entropy=entropy.data_ptr(),
-            live=live.data_ptr(),
-            **_queue(logits),
+            logprobs=results.logprobs.data_ptr(),
+            entropy=results.entropy.data_ptr(),
+            live=results.live.data_ptr(),
+            **_queue(rows.logits),
         )
-        return dx, logprobs, entropy, live
+        return dx
 
 
 def _over(logits: Tensor, dtype: torch.dtype) -> Tensor:

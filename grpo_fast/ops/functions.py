@@ -15,7 +15,8 @@ from torch.autograd.function import once_differentiable
 
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.objectives import Tokens, objective, total_loss
-from grpo_fast.ops.backend import Transform, get_backend
+from grpo_fast.ops.backend import Transform, get_backend, kernels_run_on
+from grpo_fast.ops.devices import traits
 from grpo_fast.ops.gradients import Gradients, Wanted
 from grpo_fast.ops.lean import lean_backward_pass
 from grpo_fast.ops.passes import backward_pass, forward_pass, objective_pass
@@ -47,14 +48,14 @@ class HeadArgs(NamedTuple):
 
 def _head_call(hidden: Tensor, weight: Tensor, bias: Tensor | None, args: HeadArgs) -> HeadCall:
     temperature = args.temperature if args.row_temperature is None else args.row_temperature
-    return HeadCall(
-        backend=get_backend(args.backend),
-        budget=row_budget(args.backend, *weight.shape, weight.dtype, weight.device, args.workspace_bytes),
-        hidden=hidden,
-        weight=weight,
-        targets=args.targets,
-        transform=Transform(HeadConfig(logit_scale=args.logit_scale, softcap=args.softcap), bias, temperature),
-        rows=active_rows(args.active) if args.rows is None else args.rows,
+    return HeadCall.of(
+        get_backend(args.backend),
+        row_budget(args.backend, *weight.shape, weight.dtype, weight.device, args.workspace_bytes),
+        hidden,
+        weight,
+        args.targets,
+        Transform(HeadConfig(logit_scale=args.logit_scale, softcap=args.softcap), bias, temperature),
+        active_rows(args.active) if args.rows is None else args.rows,
     )
 
 
@@ -85,10 +86,14 @@ def _gradient_tensors(gradients: Gradients, hidden: Tensor, weight: Tensor) -> t
     )
 
 
+TAGS = (torch.Tag.cudagraph_unsafe,)
+"""While a caller is compiled nobody has counted its rows: with a mask the operators wait for the device, which a graph
+that is being captured (`torch.compile(mode="reduce-overhead")`) does not allow. Inductor leaves them out of its."""
+
 # -- operators --------------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("grpo_fast::forward", mutates_args=())
+@torch.library.custom_op("grpo_fast::forward", mutates_args=(), tags=TAGS)
 def forward_op(
     hidden: Tensor,
     weight: Tensor,
@@ -118,7 +123,7 @@ def _(hidden, weight, bias, targets, *args):  # type: ignore[no-untyped-def]
     return (*rows, torch.empty_like(hidden) if args[-1] == "frozen_head" else hidden.new_empty(0))
 
 
-@torch.library.custom_op("grpo_fast::backward", mutates_args={"main_grad"})
+@torch.library.custom_op("grpo_fast::backward", mutates_args={"main_grad"}, tags=TAGS)
 def backward_op(
     hidden: Tensor,
     weight: Tensor,
@@ -157,7 +162,7 @@ def _(hidden, weight, bias, *args):  # type: ignore[no-untyped-def]
     return _fake_gradients(hidden, weight, want, main_grad is not None)
 
 
-@torch.library.custom_op("grpo_fast::objective", mutates_args={"main_grad"})
+@torch.library.custom_op("grpo_fast::objective", mutates_args={"main_grad"}, tags=TAGS)
 def objective_op(
     hidden: Tensor,
     weight: Tensor,
@@ -174,7 +179,7 @@ def objective_op(
     config_key: str,
     weights: Tensor,
     advantages: Tensor,
-    num_active: Tensor,
+    bonus_count: Tensor,
     cu_seqlens: Tensor,
     row_counts: list[int] | None,
     old_logprobs: Tensor | None,
@@ -191,7 +196,7 @@ def objective_op(
     config = LossConfig.from_key(config_key)
     mask = torch.ones_like(targets, dtype=torch.bool) if active is None else active
     segments = Segments(cu_seqlens, targets.numel())
-    tokens = Tokens(advantages, mask, segments, num_active, old_logprobs, ref_logprobs, sampling_logprobs, importance)
+    tokens = Tokens(advantages, mask, segments, bonus_count, old_logprobs, ref_logprobs, sampling_logprobs, importance)
     want = Wanted(want_hidden, want_weight, want_bias, main_grad)
     with torch.autocast(hidden.device.type, enabled=False):
         call = _head_call(hidden, weight, bias, args)
@@ -261,9 +266,14 @@ class FusedObjective(torch.autograd.Function):
     def backward(ctx, grad_loss, _grad_logprobs, _grad_entropy):  # type: ignore[no-untyped-def,override]
         if ctx.has_main_grad:
             _require_unit_gradient(grad_loss)
-        unit = _is_known_unit(grad_loss)
+        # Unless the graph is kept, autograd frees the saved gradients after this: they may be scaled in place.
+        compiling = torch.compiler.is_compiling() or _is_fake(grad_loss)
+        in_place = not compiling and not torch._C._autograd._get_current_graph_task_keep_graph()
+        unit = not compiling and not traits(grad_loss.device).asynchronous and grad_loss.item() == 1
         grads = [
-            None if grad.numel() == 0 and not wanted else (grad if unit else grad * grad_loss).to(dtype)
+            None
+            if grad.numel() == 0 and not wanted
+            else (grad if unit else _times(grad, grad_loss, in_place=in_place)).to(dtype)
             for grad, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
         ]
         if ctx.has_main_grad:
@@ -279,15 +289,26 @@ def _cast_gradients(grads, inputs):  # type: ignore[no-untyped-def]
     ]
 
 
-def _is_known_unit(grad_loss: Tensor) -> bool:
-    """Whether the gradient is 1, as it mostly is, where looking is free: then no `[V, H]` tensor need be scaled."""
-    return not torch.compiler.is_compiling() and grad_loss.device.type == "cpu" and grad_loss.item() == 1
+def _is_fake(tensor: Tensor) -> bool:
+    return torch._guards.detect_fake_mode(tensor) is not None
+
+
+def _times(grad: Tensor, factor: Tensor, *, in_place: bool) -> Tensor:
+    """grad * factor; on a GPU with Triton, in place, a factor of 1 (which the host does not know) costs no pass."""
+    if not in_place:
+        return grad * factor
+    if traits(grad.device).asynchronous and grad.is_contiguous() and kernels_run_on(grad.device):
+        from grpo_fast.kernels.scale import scale_unless_one
+
+        scale_unless_one(grad, factor.float().reshape(1))
+        return grad
+    return grad.mul_(factor)
 
 
 def _require_unit_gradient(grad_loss: Tensor) -> None:
     """`main_grad` took the weight's gradient in the forward, so the loss must not be scaled afterwards."""
     message = "main_grad: expected backward with gradient 1 (put loss scaling into `normalizer`)"
-    if grad_loss.device.type == "cpu":
+    if not traits(grad_loss.device).asynchronous:
         if grad_loss.item() != 1:
             raise ValueError(f"{message}; got gradient {grad_loss.item()}")
     else:

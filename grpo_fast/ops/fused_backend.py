@@ -7,12 +7,23 @@ use, has torch's row functions; an objective that couples tokens has statistics 
 from __future__ import annotations
 
 from abc import abstractmethod
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from grpo_fast.config import LossConfig
 from grpo_fast.objectives import couples_tokens
-from grpo_fast.ops.backend import RowChunk, RowObjective, RowSlopes
+from grpo_fast.ops.backend import (
+    ObjectiveResults,
+    RowChunk,
+    RowObjective,
+    RowSlopes,
+    RowStatistics,
+    new_results,
+    new_statistics,
+)
 from grpo_fast.ops.torch_backend import TorchBackend
 
 POLICY_TERMS = {
@@ -30,9 +41,47 @@ POLICY_TERMS = {
 }
 """How objectives that fused row functions serve are called there: loss types that differ in their weights are one."""
 
+
+class ObjectiveNumbers(NamedTuple):
+    """A token-local objective as kernels take it: what is compiled, and numbers by name (None: no bound).
+
+    What a trainer changes from call to call (the bonus's weight and count) is not among it, so that few of these live.
+    """
+
+    policy: str
+    kl: str
+    kl_times_ratio: bool
+    parameters: tuple[tuple[str, float | None], ...]
+
+
+@lru_cache(maxsize=64)
+def objective_numbers(config: LossConfig) -> ObjectiveNumbers:
+    """The config in the kernels' terms."""
+    parameters: dict[str, float | None] = {
+        "epsilon_low": config.epsilon,
+        "clip_low": 1.0 - config.epsilon,
+        "clip_high": 1.0 + config.upper_epsilon,
+        "clip_bound": config.upper_epsilon,
+        "delta": config.delta,
+        "beta": config.beta,
+        "importance_min": config.importance_sampling_clip_min,
+        "importance_max": config.importance_sampling_clip_max,
+        "sapo_temperature_pos": config.sapo_temperature_pos,
+        "sapo_temperature_neg": config.sapo_temperature_neg,
+        "dppo_threshold": config.dppo_threshold,
+        "dppo_log_ratio_coef": config.dppo_log_ratio_coef,
+        "dual_clip": config.dual_clip,
+    }
+    return ObjectiveNumbers(
+        policy=POLICY_TERMS[config.loss_type],
+        kl=config.kl_estimator if config.beta else "none",
+        kl_times_ratio=config.use_bias_correction_kl,
+        parameters=tuple(parameters.items()),
+    )
+
+
 PITCH = 64
 """Elements that a row of logits or dx is padded to on a GPU: 128 bytes of bf16, and 16-byte accesses for every V."""
-GPU_TILE_ROWS = 512
 
 
 class FusedBackend(TorchBackend):
@@ -47,8 +96,12 @@ class FusedBackend(TorchBackend):
         """Temporary memory of the fused row functions: a float32 bias."""
         return 4 * vocab
 
-    def statistics(self, rows: RowChunk) -> tuple[Tensor, Tensor, Tensor]:
-        return self.fused_statistics(rows) if _is_float32(rows) else super().statistics(rows)
+    def statistics(self, rows: RowChunk, out: RowStatistics | None = None) -> RowStatistics:
+        if not _is_float32(rows):
+            return super().statistics(rows, out)
+        out = new_statistics(rows) if out is None else out
+        self.fused_statistics(rows, out)
+        return out
 
     def gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         if not _is_float32(rows):
@@ -56,14 +109,22 @@ class FusedBackend(TorchBackend):
         return self.fused_gradient(rows, slopes, dtype=dtype, out=out)
 
     def objective_rows(
-        self, rows: RowChunk, objective: RowObjective, *, dtype: torch.dtype, out: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self,
+        rows: RowChunk,
+        objective: RowObjective,
+        *,
+        dtype: torch.dtype,
+        out: Tensor | None = None,
+        results: ObjectiveResults | None = None,
+    ) -> tuple[Tensor, ObjectiveResults]:
         coupled = couples_tokens(objective.config, has_old=objective.tokens.old_logprobs is not None)
-        run = self.fused_objective if _is_float32(rows) and not coupled else super().objective_rows
-        return run(rows, objective, dtype=dtype, out=out)
+        if coupled or not _is_float32(rows):
+            return super().objective_rows(rows, objective, dtype=dtype, out=out, results=results)
+        results = new_results(rows) if results is None else results
+        return self.fused_objective(rows, objective, results, dtype=dtype, out=out), results
 
     @abstractmethod
-    def fused_statistics(self, rows: RowChunk) -> tuple[Tensor, Tensor, Tensor]:
+    def fused_statistics(self, rows: RowChunk, out: RowStatistics) -> None:
         """`statistics` of float32 products."""
 
     @abstractmethod
@@ -72,9 +133,15 @@ class FusedBackend(TorchBackend):
 
     @abstractmethod
     def fused_objective(
-        self, rows: RowChunk, objective: RowObjective, *, dtype: torch.dtype, out: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """`objective_rows` of float32 products and a token-local objective."""
+        self,
+        rows: RowChunk,
+        objective: RowObjective,
+        results: ObjectiveResults,
+        *,
+        dtype: torch.dtype,
+        out: Tensor | None,
+    ) -> Tensor:
+        """`objective_rows` of float32 products and a token-local objective; dx."""
 
 
 class GpuBackend(FusedBackend):
@@ -82,15 +149,14 @@ class GpuBackend(FusedBackend):
 
     stages_dx = True
 
-    def preferred_tile_rows(self, dtype: torch.dtype, device: torch.device) -> int:
-        return GPU_TILE_ROWS if device.type == "cuda" else super().preferred_tile_rows(dtype, device)
-
     def row_pitch(self, vocab: int) -> int:
         return -(-vocab // PITCH) * PITCH
 
 
 def old_gpu(device: torch.device) -> str | None:
     """Why kernels for sm_80 and up do not run on a CUDA device, or None."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device: it is built without CUDA, or there is no driver or GPU"
     capability = torch.cuda.get_device_capability(device)
     if capability >= (8, 0):
         return None
@@ -118,7 +184,7 @@ def entropy_slope(objective: RowObjective) -> Tensor | None:
     """d loss / d entropy of every row, `[1]` float32 on the device (its count need not be known here); None if zero."""
     if objective.config.entropy_coef == 0:
         return None
-    return -objective.config.entropy_coef / objective.tokens.num_active.float().clamp(min=1).reshape(1)
+    return -objective.config.entropy_coef / objective.tokens.bonus_count.float().reshape(1)
 
 
 def _is_float32(rows: RowChunk) -> bool:

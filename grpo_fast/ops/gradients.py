@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo_fast.ops.devices import traits
 from grpo_fast.ops.workspace import Chunk, HeadCall
 
 SPARSE_CHUNK = 0.75
@@ -36,42 +37,61 @@ class Gradients:
 
 
 class GradientSink:
-    """Where chunks' dx go: the backward GEMMs, a float32 sum over chunks, one rounding at the end."""
+    """Where chunks' dx go: the backward GEMMs, a float32 sum over chunks, one rounding at the end.
+
+    Args:
+        largest: rows of the largest chunk.
+    """
 
     def __init__(
-        self,
-        call: HeadCall,
-        num_chunks: int,
-        want: Wanted,
-        scale: float | Tensor = 1.0,
+        self, call: HeadCall, largest: int, num_chunks: int, want: Wanted, scale: float | Tensor = 1.0
     ) -> None:
         self.call = call
         self.scale = scale
         self.chunks_left = num_chunks
-        self.hidden = call.hidden.new_zeros(call.hidden.shape, dtype=call.grad_dtype) if want.hidden else None
+        self.hidden = _HiddenGradient(call, largest) if want.hidden else None
         self.weight = _WeightGradient(call, want.main_grad) if want.weight else None
         self.bias = call.weight.new_zeros(call.weight.shape[0], dtype=call.accumulator) if want.bias else None
 
     def add(self, chunk: Chunk, dx: Tensor, live: Tensor) -> None:
         """Take in dx `[n, V]` of a chunk; rows that are not `live` `[n]` are zero."""
-        call, index, hidden = self.call, chunk.index, chunk.hidden[: chunk.n]
+        call, hidden = self.call, chunk.hidden[: chunk.n]
+        whole = slice(chunk.start, chunk.stop)
+        index: Tensor | slice = whole if call.rows is None else call.rows[whole]
         self.chunks_left -= 1
-        if dx.device.type == "cpu":  # counting the rows would make a GPU wait
+        if not traits(dx.device).asynchronous:  # counting the rows would make a GPU wait
             index, hidden, dx = _without_idle_rows(index, hidden, dx, live)
         if self.bias is not None:
             self.bias += dx.sum(0, dtype=call.accumulator)
         if self.weight is not None:
             self.weight.add(dx, hidden, last=self.chunks_left == 0)
         if self.hidden is not None:
-            rows = call.hidden.new_zeros(hidden.shape, dtype=call.accumulator)
-            call.backend.grad_hidden(dx, call.weight, rows)
-            self.hidden[index] = rows.div_(self.scale).to(self.hidden.dtype)
+            self.hidden.add(dx, index, self.scale)
 
     def finish(self) -> Gradients:
         """The gradients in the inputs' dtypes; the weight's is None if `main_grad` took it."""
-        bias = None if self.bias is None else self.bias.div_(self.scale).to(self.call.grad_dtype)
+        bias = None if self.bias is None else unscaled(self.bias, self.scale).to(self.call.grad_dtype)
         weight = None if self.weight is None else self.weight.finish(self.scale)
-        return Gradients(self.hidden, weight, bias)
+        return Gradients(None if self.hidden is None else self.hidden.result, weight, bias)
+
+
+class _HiddenGradient:
+    """The gradient of hidden `[T, H]`: a row is one product, summed in float32 and rounded once."""
+
+    def __init__(self, call: HeadCall, largest: int) -> None:
+        self.call = call
+        self.result = call.hidden.new_zeros(call.hidden.shape, dtype=call.grad_dtype)
+        self.sums = call.hidden.new_empty((largest, call.hidden.shape[1]), dtype=call.accumulator)
+
+    def add(self, dx: Tensor, index: Tensor | slice, scale: float | Tensor) -> None:
+        """Take in dx `[r, V]` of rows `index` `[r]` of the T."""
+        sums = self.sums[: dx.shape[0]]
+        self.call.backend.grad_hidden(dx, self.call.weight, sums)
+        sums = unscaled(sums, scale)
+        if isinstance(index, slice):
+            self.result[index].copy_(sums)
+        else:
+            self.result.index_copy_(0, index, sums.to(self.result.dtype))
 
 
 class _WeightGradient:
@@ -98,11 +118,16 @@ class _WeightGradient:
     def finish(self, scale: float | Tensor) -> Tensor | None:
         if self.main_grad is not None:
             if self.scaled and self.sum is not None:
-                self.main_grad.add_(self.sum.div_(scale))
+                self.main_grad.add_(unscaled(self.sum, scale))
             return None
         if self.result is None:  # no rows at all
             return self.call.weight.new_zeros(self.call.weight.shape, dtype=self.call.grad_dtype)
-        return self.result.div_(scale) if self.scaled else self.result
+        return unscaled(self.result, scale)
+
+
+def unscaled(values: Tensor, scale: float | Tensor) -> Tensor:
+    """values / scale, in place; a scale that is no tensor is 1."""
+    return values.div_(scale) if isinstance(scale, Tensor) else values
 
 
 def _without_idle_rows(

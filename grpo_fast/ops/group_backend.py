@@ -1,20 +1,19 @@
 """What a batch of completions says before the model is asked, in native code: advantages, token weights, active rows.
 
-csrc/group_cpu.cpp serves tensors on the CPU where it is built, kernels/group_*.py on a GPU where Triton is. The
-definitions are `grpo_fast.advantages` and `grpo_fast.rows`, which do the rest; this is the same arithmetic in one pass.
+csrc/group_cpu.cpp belongs to the backend `cpu`, kernels/group_*.py to `triton`. The definitions are
+`grpo_fast.advantages` and `grpo_fast.rows`, which do the rest; this is the same arithmetic in one pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
 import grpo_fast.ops.cpu_backend as cpu_backend
+from grpo_fast.ops.backend import resolve_backend
 
 
 @dataclass(frozen=True)
@@ -63,9 +62,12 @@ def native_group_advantages(
         order: `[N]` int64, completions sorted by group, instead. labels: `[N]`, ascending, the group of each.
         scale, aggregation: names, checked.
     """
-    if not _serves(rewards) or rewards.requires_grad or rewards.numel() == 0:
+    if rewards.requires_grad or rewards.numel() == 0:
         return None
-    if _in_kernels(rewards):
+    backend = resolve_backend("auto", rewards.device)
+    if not _serves(rewards, backend):
+        return None
+    if backend == "triton":
         from grpo_fast.kernels.group_advantages import group_advantages
 
         return group_advantages(
@@ -112,17 +114,19 @@ def native_token_rows(
     aggregation: str,
     normalizer: Tensor | float | None,
     every_row: bool,
+    backend: str,
 ) -> TokenRows | None:
-    """Weights, advantages and active rows, or None where native code is not there or does not serve them.
+    """Weights, advantages and active rows, or None where the backend's native code does not serve them.
 
     Args:
-        advantages: `[S]`, or one a token, `[T]`; float32 or float64. importance: `[T]`, the same dtype, or None.
+        advantages: `[S]`, or one a token, `[T]` (where S is not T); float32 or float64.
+        importance: `[T]`, the same dtype, or None.
         cu_seqlens: `[S+1]` int64.
         mask: `[T]` bool, or None: every token carries loss.
         aggregation: "sequence_mean", "sequence_sum" or "token_mean". normalizer: replaces its denominator.
         every_row: compute unmasked rows even where advantage or importance is 0.
     """
-    if not _serves(advantages) or num_tokens == 0:
+    if not _serves(advantages, backend) or num_tokens == 0:
         return None
     if isinstance(normalizer, Tensor) and normalizer.requires_grad:
         return None
@@ -130,11 +134,10 @@ def native_token_rows(
     active = advantages.new_empty(num_tokens, dtype=torch.bool)
     rows, count = (advantages.new_empty(shape, dtype=torch.int64) for shape in ((num_tokens,), ()))
     write: Callable[..., None] = _write_token_rows
-    if _in_kernels(advantages):
+    if backend == "triton":
         from grpo_fast.kernels.group_rows import token_rows as write_on_gpu
 
         write = write_on_gpu
-
         if normalizer is not None and not (isinstance(normalizer, Tensor) and normalizer.device == advantages.device):
             # A fill: copying the host's number over would wait for the GPU.
             normalizer = torch.full((), float(normalizer), dtype=torch.float64, device=advantages.device)
@@ -192,23 +195,11 @@ def _write_token_rows(
     num_active.fill_(count)
 
 
-def _serves(values: Tensor) -> bool:
-    """Whether there is native code for tensors like this one; none has a derivative, and none can be traced."""
+def _serves(values: Tensor, backend: str) -> bool:
+    """Whether a backend has native code for tensors like this one; none has a derivative, and none can be traced."""
     if torch.compiler.is_compiling() or values.dtype not in (torch.float32, torch.float64):
         return False
-    if torch._guards.detect_fake_mode(values) is not None:
-        return False
-    return _in_kernels(values) or (values.device.type == "cpu" and cpu_backend.native() is not None)
-
-
-def _in_kernels(values: Tensor) -> bool:
-    """Whether the Triton kernels serve the tensor's device."""
-    return values.device.type == "cuda" and torch.version.cuda is not None and _has_triton()
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+    return backend in ("triton", "cpu") and torch._guards.detect_fake_mode(values) is None
 
 
 def _dtype(native, values: Tensor):  # type: ignore[no-untyped-def]

@@ -5,7 +5,7 @@ Legend: T packed tokens, S sequences, H hidden size, V vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.objectives import Tokens
 from grpo_fast.ops.backend import get_backend, resolve_backend
+from grpo_fast.ops.devices import traits
 from grpo_fast.ops.functions import FusedObjective, HeadArgs, Logprobs, forward_op
 from grpo_fast.ops.group_backend import ActiveRows
 from grpo_fast.ops.planner import Demand, choose_plan, default_workspace_bytes, report, row_budget
@@ -21,14 +22,7 @@ from grpo_fast.ops.workspace import active_rows
 
 def computed_tokens(tokens: Tokens, active: Tensor) -> Tokens:
     """The tokens with only the computed ones unmasked; the rest must not reach an exponential."""
-
-    return Tokens(
-        advantages=tokens.advantages,
-        mask=active,
-        segments=tokens.segments,
-        num_active=tokens.num_active,
-        **tokens.optional(lambda values: torch.where(active, values, 0.0)),
-    )
+    return replace(tokens, mask=active, **tokens.optional(lambda values: torch.where(active, values, 0.0)))
 
 
 @dataclass
@@ -86,7 +80,7 @@ class HeadLaunch:
         if active.listed is not None:
             index, count = active.listed
             return index[: int(count)]
-        if active.mask.device.type == "cpu":
+        if not traits(active.mask.device).asynchronous:
             return None
         return active_rows(active.mask, int(active.mask.sum()) if num_rows < 0 else num_rows)
 
@@ -141,7 +135,7 @@ class HeadLaunch:
             config.key,
             weights,
             tokens.advantages,
-            tokens.num_active,
+            tokens.bonus_count,
             tokens.segments.cu_seqlens,
             row_counts,
             tokens.old_logprobs,

@@ -11,8 +11,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_fast.ops.backend import RowChunk, RowSlopes
-from grpo_fast.ops.gradients import Gradients, Wanted
+from grpo_fast.ops.backend import RowChunk
+from grpo_fast.ops.gradients import Gradients, Wanted, unscaled
+from grpo_fast.ops.passes import scaled_slopes
 from grpo_fast.ops.workspace import HeadCall
 
 MIN_BLOCK = 128
@@ -29,11 +30,10 @@ def lean_backward_pass(
     call: HeadCall, lse: Tensor, entropy: Tensor, g: Tensor, e: Tensor | None, want: Wanted
 ) -> Gradients:
     """The same result as `passes.backward_pass`, up to summation order."""
-    index, n, scale = call.select(0, call.num_rows), call.num_rows, call.grad_scale(g)
+    n, (slopes, scale) = call.num_rows, scaled_slopes(call, lse, entropy, g, e)
     vocab, width = call.weight.shape
-    hidden, targets, transform = call.hidden[index], call.targets[index], call.transform.rows(index)
-    slopes = RowSlopes(lse[index], entropy[index], g[index] * scale, None if e is None else e[index] * scale)
-    grad_rows = hidden.new_zeros(hidden.shape, dtype=call.accumulator) if want.hidden else None
+    hidden, targets, transform = call.gather(call.hidden), call.targets, call.transform
+    grad_rows = hidden.new_empty(hidden.shape, dtype=call.accumulator) if want.hidden else None
     grad_weight = (
         call.weight.new_zeros((vocab, width), dtype=call.grad_dtype) if want.weight and want.main_grad is None else None
     )
@@ -47,17 +47,19 @@ def lean_backward_pass(
         call.backend.logits(hidden, weight, logits, n)
         dx = call.backend.gradient(RowChunk(logits, targets, columns, start), slopes, dtype=hidden.dtype)
         if grad_rows is not None:
-            call.backend.grad_hidden(dx, weight, grad_rows)
+            call.backend.grad_hidden(dx, weight, grad_rows, accumulate=start > 0)
         if grad_bias is not None:
-            grad_bias[start:stop] = dx.sum(0, dtype=call.accumulator).div_(scale).to(grad_bias.dtype)
+            grad_bias[start:stop] = unscaled(dx.sum(0, dtype=call.accumulator), scale).to(grad_bias.dtype)
         if want.weight:
             whole = want.main_grad if grad_weight is None else grad_weight
             assert whole is not None
             _grad_weight_block(call, dx, hidden, whole[start:stop], scale, accumulate=grad_weight is None)
     grad_hidden = None
     if grad_rows is not None:
-        grad_hidden = call.hidden.new_zeros(call.hidden.shape, dtype=call.grad_dtype)
-        grad_hidden[index] = grad_rows.div_(scale).to(grad_hidden.dtype)
+        grad_rows = unscaled(grad_rows, scale).to(call.grad_dtype)
+        grad_hidden = grad_rows
+        if call.rows is not None:
+            grad_hidden = grad_rows.new_zeros(call.hidden.shape).index_copy_(0, call.rows, grad_rows)
     return Gradients(grad_hidden, grad_weight, grad_bias)
 
 
@@ -70,7 +72,7 @@ def _grad_weight_block(
         return
     wide = out.new_empty(out.shape, dtype=call.accumulator)
     call.backend.grad_weight(dx, hidden, wide, None)
-    wide.div_(scale)
+    wide = unscaled(wide, scale)
     if accumulate:
         out.add_(wide)
     else:

@@ -6,7 +6,7 @@ The modules do not link torch: tensors go over as addresses, with their sizes.
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from grpo_fast.config import LossConfig
+from grpo_fast.install import install_command
 from grpo_fast.ops.backend import RowChunk, RowSlopes
-from grpo_fast.ops.fused_backend import POLICY_TERMS
+from grpo_fast.ops.fused_backend import ObjectiveNumbers, objective_numbers
 
 
 def load_module(name: str) -> tuple[Any, str]:
@@ -30,7 +31,7 @@ def not_built(name: str, missing: str, needs: str, variable: str) -> str:
     """What to say of a module that did not load."""
     return (
         f"{name} is not built ({missing}); install grpo-fast again where there is {needs} "
-        f"({variable}=1 pip install . shows why it fails)"
+        f"({variable}=1 {install_command()} shows why it fails)"
     )
 
 
@@ -74,20 +75,26 @@ def slope_tensors(slopes: RowSlopes) -> dict[str, Tensor | None]:
     return {name: None if t is None else t.float().contiguous() for name, t in given.items()}
 
 
-@cache
 def objective_config(module: Any, config: LossConfig, correction: str) -> Any:
     """The config in C++ terms."""
+    return _objective_config(module, objective_numbers(config), correction)
+
+
+@lru_cache(maxsize=64)
+def _objective_config(module: Any, numbers: ObjectiveNumbers, correction: str) -> Any:
+    given = dict(numbers.parameters)
     native = module.ObjectiveConfig()
-    native.policy = getattr(module.PolicyTerm, POLICY_TERMS[config.loss_type])
-    native.kl = getattr(module.KlEstimator, config.kl_estimator if config.beta else "none")
-    native.kl_times_ratio = config.use_bias_correction_kl
+    native.policy = getattr(module.PolicyTerm, numbers.policy)
+    native.kl = getattr(module.KlEstimator, numbers.kl)
+    native.kl_times_ratio = numbers.kl_times_ratio
     native.correction = getattr(module.Correction, correction)
-    low, high = config.importance_sampling_clip_min, config.importance_sampling_clip_max
+    low, high, delta = given["importance_min"], given["importance_max"], given["delta"]
     native.importance_min = -math.inf if low is None else low
     native.importance_max = math.inf if high is None else high
-    native.epsilon_low, native.epsilon_high = config.epsilon, config.upper_epsilon
-    native.delta = math.inf if config.delta is None else config.delta
-    native.beta = config.beta
-    for name in ("sapo_temperature_pos", "sapo_temperature_neg", "dppo_threshold", "dppo_log_ratio_coef", "dual_clip"):
-        setattr(native, name, getattr(config, name))
+    native.delta = math.inf if delta is None else delta
+    # The C++ side takes the distances from 1; 1 - (1 - epsilon) would not be epsilon.
+    native.epsilon_low, native.epsilon_high = given["epsilon_low"], given["clip_bound"]
+    names = "beta sapo_temperature_pos sapo_temperature_neg dppo_threshold dppo_log_ratio_coef dual_clip"
+    for name in names.split():
+        setattr(native, name, given[name])
     return native

@@ -25,6 +25,9 @@ every plan and the entropy gradient, and rows found clipped can still leave befo
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -32,6 +35,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.ops.backend import get_backend
+from grpo_fast.ops.devices import traits
 
 logger = logging.getLogger("grpo_fast")
 
@@ -63,9 +67,52 @@ class RowBudget(NamedTuple):
         return self.staged_rows or self.chunk_rows
 
 
+class _Tuning(NamedTuple):
+    """What a benchmark may set; None: as it comes."""
+
+    tile_rows: int | None = None
+    row_stream: bool | None = None
+
+
+_tuning = _Tuning()
+
+
+@contextmanager
+def tuning(*, tile_rows: int | None = None, row_stream: bool | None = None) -> Iterator[None]:
+    """For benchmarks and tests: other rows a logits product, and row functions on a second stream or not.
+
+    Args:
+        tile_rows: a power of two, at least 16. row_stream: see `row_stream_wanted`.
+    """
+    global _tuning
+    if tile_rows is not None and (tile_rows < MIN_TILE_ROWS or tile_rows & (tile_rows - 1)):
+        raise ValueError(f"tile_rows: expected a power of two, at least {MIN_TILE_ROWS}; got {tile_rows}")
+    before, _tuning = _tuning, _Tuning(tile_rows, row_stream)
+    try:
+        yield
+    finally:
+        _tuning = before
+
+
+def row_stream_wanted() -> bool:
+    """Whether row functions run on a second stream beside the products, which has yet to be measured: off by default.
+
+    GRPO_FAST_ROW_STREAM=1 turns it on. A product that fills the multiprocessors leaves little for a second stream.
+    """
+    return os.environ.get("GRPO_FAST_ROW_STREAM") == "1" if _tuning.row_stream is None else _tuning.row_stream
+
+
+MEMORY_SHARE = 16
+LEAST_WORKSPACE, MOST_WORKSPACE = 2**29, 2**32
+
+
 def default_workspace_bytes(device: torch.device) -> int:
-    """1 GiB on a GPU, 256 MiB elsewhere."""
-    return 2**30 if device.type == "cuda" else 2**28
+    """A sixteenth of a GPU's memory, from 512 MiB to 4 GiB; 256 MiB elsewhere.
+
+    Of all its memory, not of what is free: rows of a product, and so bits, would depend on what else is there.
+    """
+    memory = traits(device).total_memory(device)
+    return 2**28 if memory is None else min(max(memory // MEMORY_SHARE, LEAST_WORKSPACE), MOST_WORKSPACE)
 
 
 @torch.compiler.assume_constant_result  # plain values in and out: nothing for a compiler to trace
@@ -88,14 +135,16 @@ def row_budget(
             f"workspace_bytes: expected at least {workspace_bytes - available + least} for a vocabulary of {vocab} "
             f"and backend {backend!r}; got {workspace_bytes}"
         )
-    preferred = tile_rows = engine.preferred_tile_rows(dtype, device)
-    # Two tiles at least: whole tiles leave little room unused, or half of the room for dx.
-    while tile_rows > max(available // row_bytes // 2, MIN_TILE_ROWS):
+    tile_rows = _tuning.tile_rows or engine.preferred_tile_rows(dtype, device)
+    # Two tiles at least: whole tiles leave little room unused, or half of the room for dx. Tiles of more than 512 rows,
+    # which near the memory's bandwidth at small H, only where dx keeps three quarters.
+    while tile_rows > max(available // row_bytes // (4 if tile_rows > 512 else 2), MIN_TILE_ROWS):
         tile_rows //= 2
     chunk_rows = available // row_bytes // tile_rows * tile_rows
     if not engine.stages_dx:
         return RowBudget(tile_rows, chunk_rows)
-    num_buffers = 2 if 4 * preferred * row_bytes <= available else 1
+    two = row_stream_wanted() and traits(device).streams is not None and 4 * tile_rows * row_bytes <= available
+    num_buffers = 2 if two else 1
     staged_rows = (available - num_buffers * tile_rows * row_bytes) // staged_bytes // tile_rows * tile_rows
     return RowBudget(tile_rows, chunk_rows, staged_rows, num_buffers)
 

@@ -1,46 +1,25 @@
 """The `torch` backend: GEMMs by torch, row functions in torch ops. Runs on any device; the plain one to read.
 
-Row functions work through blocks of rows so that their temporaries stay small (four blocks at most) and near the
-caches. bf16/fp16 products come back in float32: on CUDA from the library GEMM itself (`out_dtype`), elsewhere
-by upcasting the weight a block of the vocabulary at a time.
+Row functions work through blocks of rows so that their temporaries stay small (four blocks at most) and, on a CPU, near
+the caches. bf16/fp16 products come back in float32: from the library GEMM itself (`out_dtype`) on devices that have
+one, elsewhere by widening the operands a block of the vocabulary at a time. float32 products keep their 24 bits also
+where the process allows TF32 or bf16 in their place (`float32_products.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
-from grpo_fast.ops.backend import Backend, RowChunk, RowSlopes, Transform
+from grpo_fast.ops.backend import Backend, RowChunk, RowSlopes, RowStatistics, Transform, new_statistics
+from grpo_fast.ops.devices import traits
+from grpo_fast.ops.float32_products import add_product
 
 MIN_ROW_BLOCK = 16
-ROW_BLOCK_ELEMENTS = 2**19
-"""Elements of a block of rows, where its rows are short enough for more than `MIN_ROW_BLOCK`."""
 UPCAST_BYTES = 32 * 2**20
 """Size of one upcast block of the weight."""
-
-
-@contextmanager
-def _exact_half_products(dtype: torch.dtype) -> Iterator[None]:
-    """Let oneDNN multiply float32 copies of bf16 values as bf16, with float32 accumulation and output.
-
-    The operands are bf16 values, so nothing is rounded: the same product, 2-3x faster where the CPU has bf16
-    instructions (measured with AVX-512 BF16, torch 2.13). dx operands are rounded to bf16, as on every other device.
-    """
-    if dtype != torch.bfloat16:
-        yield
-        return
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
 FEW_ROWS = 4
 """Fewer rows than this a CPU's BLAS multiplies as vectors, summing straight over the vocabulary: 1.6e-4 off for a real
 float32 head (SmolLM2's), where four rows are 6e-7 off. So dHidden of fewer is padded to this many."""
@@ -55,7 +34,7 @@ class TorchBackend(Backend):
         return None
 
     def scratch_bytes(self, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-        row_blocks = 4 * max(MIN_ROW_BLOCK * vocab, ROW_BLOCK_ELEMENTS) * max(4, dtype.itemsize)
+        row_blocks = 4 * max(MIN_ROW_BLOCK * vocab, traits(device).row_block_elements) * max(4, dtype.itemsize)
         return row_blocks + self.gemm_scratch_bytes(dtype, device)
 
     def gemm_scratch_bytes(self, dtype: torch.dtype, device: torch.device) -> int:
@@ -68,102 +47,93 @@ class TorchBackend(Backend):
         tiles = range(0, hidden.shape[0], tile_rows)
         if not _upcasts(hidden.dtype, hidden.device):
             for row in tiles:
-                tile, tile_out = hidden[row : row + tile_rows], out[row : row + tile_rows]
-                if _is_half(hidden):
-                    torch.ops.aten.mm.dtype_out(tile, weight.t(), torch.float32, out=tile_out)
-                else:
-                    torch.mm(tile, weight.t(), out=tile_out)
+                _multiply(hidden[row : row + tile_rows], weight.t(), out[row : row + tile_rows])
             return
         wide_hidden = hidden.float()
-        with _exact_half_products(hidden.dtype):
-            for start, stop, block in _upcast_blocks(weight):
-                for row in tiles:
-                    # A contiguous result first: torch would copy a strided `out` as well.
-                    product = wide_hidden[row : row + tile_rows] @ block.t()
-                    out[row : row + tile_rows, start:stop].copy_(product)
+        for start, stop in _vocab_blocks(weight):
+            block = weight[start:stop].float().t()
+            for row in tiles:
+                # A contiguous result first: torch would copy a strided `out` as well.
+                product = out.new_empty(wide_hidden[row : row + tile_rows].shape[0], stop - start)
+                add_product(product, wide_hidden[row : row + tile_rows], block, overwrite=True)
+                out[row : row + tile_rows, start:stop].copy_(product)
 
-    def grad_hidden(self, dx: Tensor, weight: Tensor, out: Tensor) -> None:
+    def grad_hidden(self, dx: Tensor, weight: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
         missing = FEW_ROWS - dx.shape[0]
-        if missing > 0 and dx.device.type == "cpu":
-            wide = out.new_zeros(FEW_ROWS, out.shape[1])
+        if missing > 0 and traits(dx.device).vector_products:
+            wide = out.new_empty(FEW_ROWS, out.shape[1])
             self.grad_hidden(torch.nn.functional.pad(dx, (0, 0, 0, missing)), weight, wide)
-            out.add_(wide[: dx.shape[0]])
+            (out.add_ if accumulate else out.copy_)(wide[: dx.shape[0]])
             return
-        if not _is_half(weight):
-            out.addmm_(dx, weight)
-        elif not _upcasts(weight.dtype, weight.device):
-            torch.ops.aten.addmm.dtype_out(out, dx, weight, torch.float32, out=out)
-        else:
-            with _exact_half_products(weight.dtype):
-                for start, stop, block in _upcast_blocks(weight):
-                    out.addmm_(dx[:, start:stop], block)
+        if not _upcasts(weight.dtype, weight.device):
+            _multiply(dx, weight, out, accumulate=accumulate)
+            return
+        for start, stop in _vocab_blocks(weight):
+            add_product(out, dx[:, start:stop].float(), weight[start:stop].float(), overwrite=not accumulate)
+            accumulate = True
 
     def grad_weight(self, dx: Tensor, hidden: Tensor, out: Tensor, base: Tensor | None) -> None:
         wide = out if base is None else base
-        if _upcasts(hidden.dtype, hidden.device):
-            wide_hidden = hidden.float()
-            with _exact_half_products(hidden.dtype):
-                for start, stop in _vocab_blocks(wide):
-                    columns = dx[:, start:stop].t()
-                    if base is None:
-                        out[start:stop].copy_(columns @ wide_hidden)
-                    else:
-                        base[start:stop].addmm_(columns, wide_hidden)
-        elif base is None:
-            torch.mm(dx.t(), hidden, out=out)
-        elif _is_half(hidden):
-            torch.ops.aten.addmm.dtype_out(base, dx.t(), hidden, torch.float32, out=base)
+        if not _upcasts(hidden.dtype, hidden.device):
+            _multiply(dx.t(), hidden, wide, accumulate=base is not None)
         else:
-            base.addmm_(dx.t(), hidden)
+            wide_hidden = hidden.float()
+            for start, stop in _vocab_blocks(wide):
+                columns = dx[:, start:stop].t().float()
+                block = wide[start:stop]
+                product = block if block.dtype == torch.float32 else block.new_empty(block.shape, dtype=torch.float32)
+                add_product(product, columns, wide_hidden, overwrite=base is None)
+                if product is not block:
+                    block.copy_(product)
         if wide is not out:
             out.copy_(wide)
 
     # -- row functions -----------------------------------------------------------------------------------------------
 
-    def statistics(self, rows: RowChunk) -> tuple[Tensor, Tensor, Tensor]:
-        logits, targets, transform = rows.logits, rows.targets, rows.transform
-        logprobs, entropy, lse = (logits.new_empty(logits.shape[0]) for _ in range(3))
+    def statistics(self, rows: RowChunk, out: RowStatistics | None = None) -> RowStatistics:
+        out = new_statistics(rows) if out is None else out
+        logits, transform = rows.logits, rows.transform
+        columns, inside = _columns(rows)
         for block in _row_blocks(logits):
             z = _transformed(logits[block], transform, block)
             log_p = torch.log_softmax(z, dim=-1)
-            logprobs[block] = log_p.gather(1, targets[block, None])[:, 0]
-            lse[block] = z.amax(-1) - log_p.amax(-1)
+            own = log_p.gather(1, columns[block])[:, 0]
+            out.logprobs[block] = torch.where(inside[block], own, torch.nan)
+            out.lse[block] = z.amax(-1) - log_p.amax(-1)
             probabilities = log_p.exp()
             # A probability of zero has log -inf; its product must be zero, not NaN.
             finite_log_p = log_p.clamp_(min=torch.finfo(log_p.dtype).min)
-            entropy[block] = -probabilities.mul_(finite_log_p).sum(-1)
-        return logprobs, entropy, lse
+            out.entropy[block] = -probabilities.mul_(finite_log_p).sum(-1)
+        return out
 
     def gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        logits, transform, lse, entropy, g, e = (
-            rows.logits,
-            rows.transform,
-            slopes.lse,
-            slopes.entropy,
-            slopes.g,
-            slopes.e,
-        )
-        num_columns = logits.shape[1]
-        columns = rows.targets - rows.vocab_start
-        inside = (columns >= 0) & (columns < num_columns)
+        logits, transform, g, e = rows.logits, rows.transform, slopes.g, slopes.e
+        columns, inside = _columns(rows)
         one_hot = torch.where(inside, g, 0.0)[:, None]
-        columns = columns.clamp(0, num_columns - 1)[:, None]
-        narrow = dtype.itemsize < logits.dtype.itemsize and logits.device.type == "cuda"
+        narrow = dtype.itemsize < logits.dtype.itemsize and traits(logits.device).wide_products
         # A row's narrow result lies over the first half of its own logits, which have been read by then.
-        over = logits.view(dtype)[:, :num_columns] if narrow else logits
+        over = logits.view(dtype)[:, : logits.shape[1]] if narrow else logits
         dx = over if out is None else out
         for block in _row_blocks(logits):
             z = _transformed(logits[block], transform, block)
-            log_p = z - lse[block, None]
+            log_p = z - slopes.lse[block, None]
             grad = log_p.exp()
             if e is None:
                 grad.mul_(-g[block, None])
             else:
-                slope = log_p.clamp_(min=torch.finfo(log_p.dtype).min).add_(entropy[block, None])
-                grad.mul_(slope.mul_(-e[block, None]).sub_(g[block, None]))
+                tilt = log_p.clamp_(min=torch.finfo(log_p.dtype).min).add_(slopes.entropy[block, None])
+                tilt.mul_(grad).mul_(-e[block, None])  # p first: 0 times the lowest number is 0, e times it infinite
+                grad.mul_(-g[block, None]).add_(tilt)
             grad.scatter_add_(1, columns[block], one_hot[block])
             dx[block].copy_(_through_transform(grad, z, transform, block))
         return dx
+
+
+def _columns(rows: RowChunk) -> tuple[Tensor, Tensor]:
+    """(a column `[R, 1]` of each row, whether it is the target's `[R]`: the target may be outside)."""
+    columns = rows.targets - rows.vocab_start
+    inside = (columns >= 0) & (columns < rows.logits.shape[1])
+    return columns.clamp(0, rows.logits.shape[1] - 1)[:, None], inside
 
 
 def _transformed(block: Tensor, transform: Transform, rows: slice) -> Tensor:
@@ -200,18 +170,27 @@ def _row_temperature(transform: Transform, rows: slice) -> float | Tensor | None
 
 def _row_blocks(logits: Tensor) -> Iterator[slice]:
     num_rows, num_columns = logits.shape
-    step = max(MIN_ROW_BLOCK, ROW_BLOCK_ELEMENTS // num_columns // MIN_ROW_BLOCK * MIN_ROW_BLOCK)
+    elements = traits(logits.device).row_block_elements
+    step = max(MIN_ROW_BLOCK, elements // num_columns // MIN_ROW_BLOCK * MIN_ROW_BLOCK)
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
 
 
-def _is_half(tensor: Tensor) -> bool:
-    return tensor.dtype in (torch.bfloat16, torch.float16)
-
-
 def _upcasts(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the device's GEMM cannot return float32 from this dtype, so that operands are upcast."""
-    return dtype in (torch.bfloat16, torch.float16) and device.type != "cuda"
+    return dtype in (torch.bfloat16, torch.float16) and not traits(device).wide_products
+
+
+def _multiply(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
+    """out (+)= left @ right by one library product, summed in float32 (float64), rounded once to the dtype of `out`."""
+    if out.dtype == left.dtype and left.dtype.itemsize >= 4:
+        add_product(out, left, right, overwrite=not accumulate)
+    elif accumulate:
+        torch.ops.aten.addmm.dtype_out(out, left, right, out.dtype, out=out)
+    elif out.dtype == left.dtype:
+        torch.mm(left, right, out=out)
+    else:
+        torch.ops.aten.mm.dtype_out(left, right, out.dtype, out=out)
 
 
 def _vocab_blocks(weight: Tensor) -> Iterator[tuple[int, int]]:
@@ -219,8 +198,3 @@ def _vocab_blocks(weight: Tensor) -> Iterator[tuple[int, int]]:
     step = max(256, UPCAST_BYTES // (4 * max(width, 128)) // 256 * 256)
     for start in range(0, vocab, step):
         yield start, min(start + step, vocab)
-
-
-def _upcast_blocks(weight: Tensor) -> Iterator[tuple[int, int, Tensor]]:
-    for start, stop in _vocab_blocks(weight):
-        yield start, stop, weight[start:stop].float()

@@ -12,19 +12,19 @@ torch's row functions.
 from __future__ import annotations
 
 import os
-from functools import cache
+from functools import lru_cache
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from grpo_fast.config import LossConfig
-from grpo_fast.ops.backend import RowChunk, RowObjective, RowSlopes, Transform
+from grpo_fast.ops.backend import ObjectiveResults, RowChunk, RowObjective, RowSlopes, RowStatistics, Transform
 from grpo_fast.ops.fused_backend import (
-    POLICY_TERMS,
     GpuBackend,
+    ObjectiveNumbers,
     correction_of,
     entropy_slope,
+    objective_numbers,
     old_gpu,
     token_tensors,
 )
@@ -43,25 +43,15 @@ class TritonBackend(GpuBackend):
             return None
         if device.type != "cuda":
             return "its kernels run on NVIDIA GPUs (TRITON_INTERPRET=1 runs them on the CPU, slowly)"
-        return old_gpu(device)
+        return old_gpu(device) or _why_not_running(device)
 
     def row_scratch_bytes(self, vocab: int) -> int:
         return 0
 
-    # The interpreter's GEMMs are torch's on the CPU, which upcasts operands.
-
-    def grad_hidden(self, dx: Tensor, weight: Tensor, out: Tensor) -> None:
-        super().grad_hidden(dx if dx.is_cuda else dx.to(out.dtype), weight, out)
-
-    def grad_weight(self, dx: Tensor, hidden: Tensor, out: Tensor, base: Tensor | None) -> None:
-        super().grad_weight(
-            dx if dx.is_cuda else dx.to(torch.promote_types(dx.dtype, torch.float32)), hidden, out, base
-        )
-
-    def fused_statistics(self, rows: RowChunk) -> tuple[Tensor, Tensor, Tensor]:
+    def fused_statistics(self, rows: RowChunk, out: RowStatistics) -> None:
         from grpo_fast.kernels.row_statistics import row_statistics_of
 
-        return row_statistics_of(_rows(rows))
+        row_statistics_of(_rows(rows), out)
 
     def fused_gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None) -> Tensor:
         from grpo_fast.kernels.row_gradient import row_gradient_of
@@ -87,8 +77,14 @@ class TritonBackend(GpuBackend):
         )
 
     def fused_objective(
-        self, rows: RowChunk, objective: RowObjective, *, dtype: torch.dtype, out: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        self,
+        rows: RowChunk,
+        objective: RowObjective,
+        results: ObjectiveResults,
+        *,
+        dtype: torch.dtype,
+        out: Tensor | None,
+    ) -> Tensor:
         from grpo_fast.kernels.row_objective import row_objective_of
 
         chunk, device = _rows(rows), rows.logits.device
@@ -98,15 +94,25 @@ class TritonBackend(GpuBackend):
             scale = objective.grad_scale.float().reshape(1)
         elif objective.grad_scale != 1:
             scale = torch.full((1,), objective.grad_scale, device=device)  # a fill: a copy would wait for the device
-        logprobs, entropy, live = row_objective_of(
+        row_objective_of(
             chunk,
-            _objective(objective.config, correction_of(objective), device),
+            _objective(objective_numbers(objective.config), correction_of(objective), device),
             token_tensors(objective),
             dx,
             entropy_gradient=entropy_slope(objective),
             grad_scale=scale,
+            results=results,
         )
-        return dx, logprobs, entropy, live
+        return dx
+
+
+def _why_not_running(device: torch.device) -> str | None:
+    """Why Triton, installed as it is, cannot run on a device: it compiles at run time, with a C compiler."""
+    try:
+        from grpo_fast.kernels.probe import why_not_runnable
+    except ImportError as error:
+        return f"Triton does not import: {error}"
+    return why_not_runnable(device)
 
 
 def _interpreted() -> bool:
@@ -120,30 +126,17 @@ def _rows(rows: RowChunk):  # type: ignore[no-untyped-def]
     return Rows(rows.logits, rows.targets, transform.bias, head.logit_scale, head.softcap, transform.temperature)
 
 
-@cache
-def _objective(config: LossConfig, correction: str, device: torch.device):  # type: ignore[no-untyped-def]
-    """The config in the kernel's terms; its numbers are copied to the device once."""
-    from grpo_fast.kernels.objective import objective_parameters
+@lru_cache(maxsize=64)
+def _objective(numbers: ObjectiveNumbers, correction: str, device: torch.device):  # type: ignore[no-untyped-def]
+    """The objective in the kernel's terms; its numbers are copied to the device once."""
+    from grpo_fast.kernels.objective import PARAMETERS, objective_parameters
     from grpo_fast.kernels.row_objective import Objective
 
-    parameters = {
-        "clip_low": 1.0 - config.epsilon,
-        "clip_high": 1.0 + config.upper_epsilon,
-        "clip_bound": config.upper_epsilon,
-        "delta": config.delta,
-        "beta": config.beta,
-        "importance_min": config.importance_sampling_clip_min,
-        "importance_max": config.importance_sampling_clip_max,
-        "sapo_temperature_pos": config.sapo_temperature_pos,
-        "sapo_temperature_neg": config.sapo_temperature_neg,
-        "dppo_threshold": config.dppo_threshold,
-        "dppo_log_ratio_coef": config.dppo_log_ratio_coef,
-        "dual_clip": config.dual_clip,
-    }
+    given = dict(numbers.parameters)
     return Objective(
-        policy=POLICY_TERMS[config.loss_type],
-        kl=config.kl_estimator if config.beta else "none",
-        kl_times_ratio=config.use_bias_correction_kl,
+        policy=numbers.policy,
+        kl=numbers.kl,
+        kl_times_ratio=numbers.kl_times_ratio,
         correction=correction,
-        parameters=objective_parameters(parameters, device),
+        parameters=objective_parameters({name: given[name] for name in PARAMETERS}, device),
     )

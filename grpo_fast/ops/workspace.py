@@ -1,7 +1,8 @@
 """Where rows live on their way: gathered into chunks, multiplied piece by piece into buffers of logits.
 
-Legend: T tokens, n rows that are computed (the others keep zeros), R rows of a chunk, r rows of a piece, H hidden size,
-V vocabulary.
+Legend: T packed tokens, n rows that are computed (the others keep zeros), R rows of a chunk, r rows of a piece,
+H hidden size, V vocabulary. What is known of tokens is gathered once a call into `[n]` tensors, of which chunks and
+pieces are slices; only hidden states are gathered chunk by chunk.
 
 A piece is rows whose logits are held at once; a chunk is rows whose dx meet in one pair of backward GEMMs. Where the
 budget stages dx, a chunk is many pieces, each one logits GEMM of `tile_rows` rows, and dx has a buffer of its own:
@@ -18,15 +19,17 @@ see one stream forking and joining.
 
 from __future__ import annotations
 
-import math
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from grpo_fast.ops.backend import Backend, RowChunk, Transform
+from grpo_fast.ops.devices import traits
 from grpo_fast.ops.planner import RowBudget
 
 
@@ -35,8 +38,8 @@ class HeadCall:
     """The LM head applied to the rows that are computed.
 
     Attributes:
-        hidden: `[T, H]`. weight: `[V, H]`, same dtype. targets: `[T]` int64.
-        transform: bias, scale, soft cap; its temperature is a float or `[T]`.
+        hidden: `[T, H]`. weight: `[V, H]`, same dtype.
+        targets: `[n]` int64. transform: bias, scale, soft cap; its temperature is a float or `[n]`.
         rows: `[n]` int64 increasing, the rows to compute, or None for all.
     """
 
@@ -48,9 +51,24 @@ class HeadCall:
     transform: Transform
     rows: Tensor | None
 
+    @staticmethod
+    def of(
+        backend: Backend,
+        budget: RowBudget,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        transform: Transform,
+        rows: Tensor | None,
+    ) -> HeadCall:
+        """The call on `[T]` targets and temperatures."""
+        if rows is not None:
+            targets, transform = targets[rows], transform.rows(rows)
+        return HeadCall(backend, budget, hidden, weight, targets, transform, rows)
+
     @property
     def num_rows(self) -> int:
-        return self.hidden.shape[0] if self.rows is None else self.rows.numel()
+        return self.targets.numel()
 
     @property
     def accumulator(self) -> torch.dtype:
@@ -62,31 +80,62 @@ class HeadCall:
         """Of the gradients handed back: the inputs' own, but float32 for float16, which a loss scaler multiplies."""
         return torch.float32 if self.hidden.dtype == torch.float16 else self.hidden.dtype
 
-    def grad_scale(self, g: Tensor | None = None) -> float | Tensor:
+    def gather(self, values: Tensor) -> Tensor:
+        """The computed rows `[n, ...]` of `[T, ...]` values."""
+        return values if self.rows is None else values[self.rows]
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """`[T]` values from those of the computed rows; zero elsewhere."""
+        if self.rows is None:
+            return values
+        return values.new_zeros(self.hidden.shape[0]).index_copy_(0, self.rows, values)
+
+    def new_rows(self, dtype: torch.dtype | None = None) -> Tensor:
+        """Memory `[n]` for a result of the row functions, in the accumulator's dtype by default."""
+        return self.hidden.new_empty(self.num_rows, dtype=self.accumulator if dtype is None else dtype)
+
+    def grad_scale(self, *slopes: Tensor | None) -> float | Tensor:
         """Power of two by which float16 dx is held larger, as a weight of 1/T would underflow; 1 for other dtypes.
 
-        From the largest |g| where g is known, else from the number of rows.
+        It brings the largest of the rows' |dloss/dlogprob| and |dloss/dentropy| (of what is known of them), times the
+        largest d z / d x, to between 1 and 2: 2^15 is left for ratios above 1.
         """
         if self.hidden.dtype != torch.float16:
             return 1.0
-        if g is None:
-            return 2.0 ** math.ceil(math.log2(max(self.num_rows, 1)))
-        largest = g.abs().amax() if g.numel() else g.new_ones(())
-        return torch.exp2(-torch.log2(largest.clamp(min=1e-30)).floor())
+        largest = self.hidden.new_zeros((), dtype=torch.float32)
+        for slope in slopes:
+            if slope is not None and slope.numel():
+                known = torch.where(slope.isfinite(), slope.abs(), 0.0)
+                largest = torch.maximum(largest, known.amax().float())
+        temperature = self.transform.temperature
+        if isinstance(temperature, Tensor) and temperature.numel():
+            temperature = temperature.amin().float()
+        if not isinstance(temperature, Tensor) or temperature.numel():
+            largest = largest * abs(self.transform.head.logit_scale) / temperature
+        return torch.where(largest > 0, _power_of_two_over(largest), 1.0)
 
-    def select(self, start: int, stop: int) -> Tensor | slice:
-        """Index of computed rows `start:stop` among the T rows."""
-        return slice(start, stop) if self.rows is None else self.rows[start:stop]
+
+def _power_of_two_over(largest: Tensor) -> Tensor:
+    """The power of two s with 1 <= s largest < 2, exactly, within 2^-100 and 2^100; float32."""
+    exponent = torch.frexp(largest).exponent  # largest = m 2^exponent, m in [1/2, 1)
+    return ((128 - exponent.clamp(-99, 101)).to(torch.int32) << 23).view(torch.float32)
 
 
 @dataclass
 class Chunk:
-    """Some rows, gathered; R is padded to whole tiles, the first `n` rows are real. `dx` `[n, V]` once it is known."""
+    """Computed rows `start:stop`, gathered; `hidden` `[R, H]` is padded to whole tiles, the first rows are real.
 
-    index: Tensor | slice
-    n: int
+    `dx` `[stop - start, V]` where it has memory of its own.
+    """
+
+    start: int
+    stop: int
     hidden: Tensor
     dx: Tensor | None = None
+
+    @property
+    def n(self) -> int:
+        return self.stop - self.start
 
 
 @dataclass
@@ -94,16 +143,22 @@ class Piece:
     """Some rows of a chunk with their raw products.
 
     Attributes:
-        start, stop: which of the computed rows these are. index: the same among the T rows.
+        start, stop: which of the computed rows these are.
         rows: their raw products `[r, V]` and what belongs to them.
         out: `[r, V]` where dx goes, or None for over the logits.
+        stream: a context in which the row functions run.
     """
 
     start: int
     stop: int
-    index: Tensor | slice
     rows: RowChunk
     out: Tensor | None
+    stream: AbstractContextManager[Any]
+
+    @property
+    def slice(self) -> slice:
+        """Of the `[n]` tensors."""
+        return slice(self.start, self.stop)
 
 
 def active_rows(active: Tensor | None, num_rows: int = -1) -> Tensor | None:
@@ -115,7 +170,7 @@ def active_rows(active: Tensor | None, num_rows: int = -1) -> Tensor | None:
     """
     if active is None:
         return None
-    if num_rows < 0 or active.device.type == "cpu":
+    if num_rows < 0 or not traits(active.device).asynchronous:
         return active.nonzero()[:, 0]
     return torch.nonzero_static(active, size=num_rows)[:, 0]
 
@@ -136,13 +191,26 @@ def boundaries(num_rows: int, chunk_rows: int, row_counts: list[int] | None = No
         yield start, stop
 
 
+_side_streams = threading.local()
+
+
+def _side_stream(streams: Any, device: torch.device) -> Any:
+    """One stream a thread and device: each has a pool of the allocator's memory to itself."""
+    known: dict[Any, Any] = _side_streams.__dict__.setdefault("known", {})
+    key = (streams, device)
+    if key not in known:
+        known[key] = streams.Stream(device)
+    return known[key]
+
+
 class RowStream:
     """A second stream for row functions, beside the GEMMs of the caller's: see the module."""
 
     def __init__(self, device: torch.device, num_buffers: int) -> None:
-        self.caller = torch.cuda.current_stream(device)
-        self.stream = torch.cuda.Stream(device)
-        self.free: list[torch.cuda.Event | None] = [None] * num_buffers
+        self.streams = traits(device).streams
+        self.caller = self.streams.current_stream(device)
+        self.stream = _side_stream(self.streams, device)
+        self.free: list[Any] = [None] * num_buffers
 
     def before_product(self, buffer: int) -> None:
         """The caller's stream waits until the row functions have left a buffer of logits."""
@@ -150,10 +218,10 @@ class RowStream:
         if event is not None:
             self.caller.wait_event(event)
 
-    def enter(self) -> AbstractContextManager[None]:
-        """A context in which kernels run on the second stream, after all that the caller's has been given."""
+    def after_product(self) -> AbstractContextManager[Any]:
+        """A context in which kernels run on the second stream, after all that the caller's has been given by now."""
         self.stream.wait_event(self.caller.record_event())
-        context: AbstractContextManager[None] = torch.cuda.stream(self.stream)
+        context: AbstractContextManager[Any] = self.streams.stream(self.stream)
         return context
 
     def leave(self, buffer: int) -> None:
@@ -182,8 +250,7 @@ class Workspace:
         num_buffers = max(min(call.budget.num_buffers, num_tiles), 1) if by_tile else 1
         self.buffers = [self._rows(self.piece_rows, call.accumulator) for _ in range(num_buffers)]
         self.staged = self._rows(padded, call.hidden.dtype) if by_tile and with_dx else None
-        two = num_buffers > 1 and call.hidden.device.type == "cuda"
-        self.row_stream = RowStream(call.hidden.device, num_buffers) if two else None
+        self.row_stream = RowStream(call.hidden.device, num_buffers) if num_buffers > 1 else None
 
     def _rows(self, num_rows: int, dtype: torch.dtype) -> Tensor:
         call = self.call
@@ -193,31 +260,39 @@ class Workspace:
     def chunk(self, start: int, stop: int) -> Chunk:
         """Gather computed rows `start:stop`."""
         call, n = self.call, stop - start
-        index = call.select(start, stop)
-        hidden = call.hidden.new_zeros((-(-n // self.tile) * self.tile, call.hidden.shape[1]))
-        hidden[:n] = call.hidden[index]
-        return Chunk(index, n, hidden, None if self.staged is None else self.staged[:n])
+        padded = -(-n // self.tile) * self.tile
+        if call.rows is None and padded == n:
+            hidden = call.hidden[start:stop]
+        else:
+            hidden = call.hidden.new_empty(padded, call.hidden.shape[1])
+            if call.rows is None:
+                hidden[:n] = call.hidden[start:stop]
+            else:
+                torch.index_select(call.hidden, 0, call.rows[start:stop], out=hidden[:n])
+            hidden[n:] = 0
+        return Chunk(start, stop, hidden, None if self.staged is None else self.staged[:n])
 
-    def pieces(self, chunk: Chunk, start: int) -> Iterator[Piece]:
-        """The chunk's rows, with logits; the chunk begins at computed row `start`. Buffers are used again."""
+    def pieces(self, chunk: Chunk) -> Iterator[Piece]:
+        """The chunk's rows, with logits. Row functions run inside `piece.stream`. Buffers are used again."""
         call, second = self.call, self.row_stream
-        for turn, first in enumerate(range(0, chunk.n, self.piece_rows)):
-            last, buffer = min(first + self.piece_rows, chunk.n), turn % len(self.buffers)
-            hidden = chunk.hidden[first : first + self.piece_rows]
-            logits = self.buffers[buffer][: hidden.shape[0]]
-            if second is not None:
-                second.before_product(buffer)
-            call.backend.logits(hidden, call.weight, logits, self.tile)
-            with nullcontext() if second is None else second.enter():
-                index = call.select(start + first, start + last)
+        try:
+            for turn, first in enumerate(range(0, chunk.n, self.piece_rows)):
+                last, buffer = min(first + self.piece_rows, chunk.n), turn % len(self.buffers)
+                rows = slice(chunk.start + first, chunk.start + last)
+                hidden = chunk.hidden[first : first + self.piece_rows]
+                logits = self.buffers[buffer][: hidden.shape[0]]
+                if second is not None:
+                    second.before_product(buffer)
+                call.backend.logits(hidden, call.weight, logits, self.tile)
                 yield Piece(
-                    start + first,
-                    start + last,
-                    index,
-                    RowChunk(logits[: last - first], call.targets[index], call.transform.rows(index)),
+                    rows.start,
+                    rows.stop,
+                    RowChunk(logits[: last - first], call.targets[rows], call.transform.rows(rows)),
                     None if chunk.dx is None else chunk.dx[first:last],
+                    nullcontext() if second is None else second.after_product(),
                 )
                 if second is not None:
                     second.leave(buffer)
-        if second is not None:
-            second.join()
+        finally:
+            if second is not None:
+                second.join()

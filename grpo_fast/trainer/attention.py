@@ -22,7 +22,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -70,10 +71,10 @@ class PackLayout:
 
     @staticmethod
     def build(
-        sequences: Sequence[Sequence[range]], num_tokens: int, *, implementation: str, device: Any = None
+        sequences: Sequence[Sequence[range]], num_tokens: int, *, implementation: str
     ) -> PackLayout:
         """The layout of `num_tokens` pack tokens in which sequence s is the concatenation of the ranges
-        `sequences[s]`; every pack token belongs to at least one sequence.
+        `sequences[s]`; every pack token belongs to at least one sequence. It is on the CPU (`tensors`, `with_tensors`).
         """
         padded = implementation == "sdpa"
         indices = [torch.cat([torch.arange(part.start, part.stop) for part in parts]) for parts in sequences]
@@ -87,22 +88,31 @@ class PackLayout:
             starts = [number * longest for number in range(len(indices))]
         else:
             source = torch.cat(indices) if indices else torch.zeros(0, dtype=torch.int64)
-            starts = [0, *torch.tensor(lengths).cumsum(0).tolist()[:-1]]
+            starts = list(accumulate(lengths[:-1], initial=0))
         positions = [torch.arange(start, start + length) for start, length in zip(starts, lengths, strict=True)]
         place, shared, copies, is_copy = _occurrences(torch.cat(indices), torch.cat(positions), num_tokens)
         bounds = torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
         return PackLayout(
-            source=source.to(device),
-            place=place.to(device),
-            shared=shared.to(device),
-            copies=copies.to(device),
-            is_copy=is_copy.to(device),
-            cu_seqlens=None if padded else bounds.to(device),
+            source=source,
+            place=place,
+            shared=shared,
+            copies=copies,
+            is_copy=is_copy,
+            cu_seqlens=None if padded else bounds,
             padding_fraction=1.0 - sum(lengths) / source.numel() if source.numel() else 0.0,
             num_sequences=len(indices),
             max_length=longest,
             implementation=implementation,
         )
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+    def with_tensors(self, tensors: dict[str, Tensor]) -> PackLayout:
+        """The layout with other tensors, `tensors()` on a device."""
+        return replace(self, **tensors)
 
 
 def _occurrences(tokens: Tensor, positions: Tensor, num_tokens: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:

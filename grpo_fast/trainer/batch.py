@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -116,9 +116,14 @@ class MicroBatch:
         )
         return states[0][self.rows]
 
-    def take(self, values: Tensor | None) -> Tensor | None:
-        """This pack's part of an `[N]` tensor, on the pack's device."""
-        return None if values is None else values[self.token_index].to(self.targets.device)
+    def loss_inputs(self, experience: Experience) -> dict[str, Tensor | None]:
+        """What `grpo_loss` needs of the experience, by its argument, on the pack's device: one copy."""
+        taken = {"advantages": experience.advantages[self.completions]}
+        for name in ("old_logprobs", "ref_logprobs", "sampling_logprobs"):
+            values = getattr(experience, name)
+            if values is not None:
+                taken[name] = values[self.token_index]
+        return {"old_logprobs": None, "ref_logprobs": None, **move_together(taken, self.targets.device)}
 
 
 def build_microbatches(
@@ -196,16 +201,47 @@ def _build(experience: Experience, pack: Sequence[int], implementation: str, dev
                 rows.append(torch.tensor([prompt_span.stop - 1, *own_span]))
     spans = [experience.span(number) for number in pack]
     token_index = torch.cat([torch.arange(span.start, span.stop) for span in spans])
+    layout = PackLayout.build(sequences, end, implementation=implementation)
+    own = {
+        "input_ids": torch.cat(pieces)[None],
+        "position_ids": torch.cat(positions)[None],
+        "rows": torch.cat(rows) if rows else torch.zeros(0, dtype=torch.int64),
+        "targets": experience.tokens[token_index],
+    }
+    names = layout.tensors().keys()
+    # The layout has bounds too, of other sequences.
+    moved = move_together({**layout.tensors(), **own, "bounds": bounds([len(span) for span in spans])}, device)
     return MicroBatch(
-        input_ids=torch.cat(pieces)[None].to(device),
-        position_ids=torch.cat(positions)[None].to(device),
-        layout=PackLayout.build(sequences, end, implementation=implementation, device=device),
-        rows=torch.cat(rows).to(device) if rows else torch.zeros(0, dtype=torch.int64, device=device),
-        targets=experience.tokens[token_index].to(device),
-        cu_seqlens=bounds([len(span) for span in spans]).to(device),
+        layout=layout.with_tensors({name: moved[name] for name in names}),
+        cu_seqlens=moved["bounds"],
         completions=torch.tensor(list(pack)),
         token_index=token_index,
+        **{name: moved[name] for name in own},
     )
+
+
+_ALIGNMENT = 64  # bytes; kernels are compiled for pointers that are multiples of 16
+
+
+def move_together(tensors: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """CPU tensors on `device`, by one copy from pinned memory for which the CPU does not wait; on a CPU as they are.
+
+    The results are views of one buffer.
+    """
+    if device.type == "cpu":
+        return tensors
+    starts = list(accumulate((_rounded_up(value.nbytes) for value in tensors.values()), initial=0))
+    # torch's pinned allocator keeps the memory and gives it out again only after the copy.
+    staged = torch.empty(starts[-1], dtype=torch.uint8, pin_memory=device.type == "cuda")
+    places = {name: (start, value.nbytes) for start, (name, value) in zip(starts, tensors.items(), strict=False)}
+    for name, value in tensors.items():
+        staged.narrow(0, *places[name]).view(value.dtype).view(value.shape).copy_(value)
+    moved = staged.to(device, non_blocking=True)
+    return {name: moved.narrow(0, *places[name]).view(value.dtype).view(value.shape) for name, value in tensors.items()}
+
+
+def _rounded_up(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 @torch.no_grad()

@@ -57,9 +57,9 @@ class RngState:
         keys = self.tensors["numpy/keys"].numpy().view(np.uint32)
         np.random.set_state(("MT19937", keys, int(position), int(has_gauss), cached))
         torch.set_rng_state(self.tensors["torch"])
-        cuda = [state for name, state in sorted(self.tensors.items()) if name.startswith("cuda/")]
-        if torch.cuda.is_available() and len(cuda) == torch.cuda.device_count():
-            torch.cuda.set_rng_state_all(cuda)
+        count = sum(name.startswith("cuda/") for name in self.tensors)
+        if torch.cuda.is_available() and count == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([self.tensors[f"cuda/{number}"] for number in range(count)])
 
 
 @dataclass

@@ -263,13 +263,17 @@ class TrainConfig:
     device: str = "auto"
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ..."""
     full_determinism: bool = False
-    """On a GPU, use deterministic kernels (slower), so that equal runs agree to the last bit; a CPU's always do."""
+    """Equal training runs, and a resumed one, agree to the last bit on the same GPU model and software: torch's strict
+    deterministic algorithms (attention's backward included), cuBLAS's repeatable workspace, no TF32, no cuDNN benchmark;
+    slower. What cannot be repeated ends the run with its name. Not covered: an engine or rewards of your own. A CPU's
+    runs agree without it, given the same number of threads."""
     backend: str = "auto"
     """Backend of the loss (`grpo_loss(backend=...)`)."""
     plan: str = "auto"
     """Execution plan of the loss (`grpo_loss(plan=...)`)."""
     workspace_bytes: int | None = None
-    """Workspace of the loss, in bytes (None: 1 GiB on a GPU, 256 MiB on a CPU)."""
+    """Workspace of the loss, in bytes (None: on a GPU a sixteenth of its memory, but 512 MiB to 4 GiB; on a CPU
+    256 MiB)."""
 
     save_steps: int | None = None
     """Every how many steps a checkpoint is written (None: at the end and on Ctrl-C only)."""

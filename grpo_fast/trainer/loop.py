@@ -22,18 +22,19 @@ from grpo_fast.trainer.batch import Experience
 from grpo_fast.trainer.checkpoint import Checkpoint, RngState, load_checkpoint, remove_later, save_checkpoint
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.data import Example, PromptSampler, load_examples
+from grpo_fast.trainer.determinism import check_sampling, determinism
 from grpo_fast.trainer.errors import CheckpointError, Interrupted, NonFiniteError
 from grpo_fast.trainer.evaluate import check_success_reward, evaluate
 from grpo_fast.trainer.experience import collect, derive_seed, rollout_metrics, samples, to_experience
 from grpo_fast.trainer.interrupts import Interrupts
 from grpo_fast.trainer.logging import RunLogger
-from grpo_fast.trainer.model import Policy, determinism, export, load_policy, pick_device
+from grpo_fast.trainer.model import Policy, export, load_policy, pick_device
 from grpo_fast.trainer.recipe import as_dict, differences, to_yaml
 from grpo_fast.trainer.rewards import RewardSet, build_rewards
 from grpo_fast.trainer.rollout import HFRollout, RolloutEngine
 from grpo_fast.trainer.run_dir import CONFIG_FILE, MODEL_DIR, prepare_output_dir, save_bad_batch
 from grpo_fast.trainer.step import NonFiniteUpdate, Updater
-from grpo_fast.trainer.throughput import throughput_metrics
+from grpo_fast.trainer.throughput import finish, throughput_metrics
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,14 @@ def train(config: TrainConfig, *, engine: RolloutEngine | None = None) -> RunSum
         UserError: anything the user can mend (`errors.py`).
         Interrupted: SIGINT or SIGTERM came; the state after the last completed step was saved.
     """
+    with determinism(config):  # before the first product, which the model's loading has
+        return _train(config, engine)
+
+
+def _train(config: TrainConfig, engine: RolloutEngine | None) -> RunSummary:
     started = time.perf_counter()
+    if engine is None:
+        check_sampling(config, pick_device(config.device))
     resume_from = prepare_output_dir(config)
     rewards = build_rewards(config.rewards)
     check_success_reward(config, rewards)
@@ -70,8 +78,7 @@ def train(config: TrainConfig, *, engine: RolloutEngine | None = None) -> RunSum
     if resume_from is not None:
         run.restore(load_checkpoint(resume_from))
         remove_later(Path(config.output_dir), run.counters.step)
-    with determinism(config.full_determinism):
-        run.execute()
+    run.execute()
     return RunSummary(Path(config.output_dir), run.counters.step, time.perf_counter() - started, run.train_seconds)
 
 
@@ -240,6 +247,7 @@ class Run:
             self._updater.apply()
             self.counters, self._experience = step.counters, step.experience
             self._position = self._take_position()
+            finish(self._policy.device)  # AdamW is launched only
             done = time.perf_counter()
             step.seconds["update"] = step.seconds.pop("prepare", 0.0) + done - update_started
             self._log_step(log, step, completions, done - started)

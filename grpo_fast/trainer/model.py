@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
-import os
 import re
 import shutil
 import tempfile
@@ -92,19 +91,6 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-@contextlib.contextmanager
-def determinism(wanted: bool) -> Iterator[None]:
-    """Run the body with deterministic kernels, if wanted."""
-    before = torch.are_deterministic_algorithms_enabled()
-    if wanted:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
 def load_policy(config: ModelConfig, device: torch.device, *, trainable: bool = True) -> Policy:
     """Load the model and its tokenizer; with `trainable`, ready to be trained (LoRA added, packing checked).
 
@@ -186,8 +172,8 @@ def export(policy: Policy, target: Path) -> None:
 def _load(config: ModelConfig) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = _resolve(config.path)
-    options = {"trust_remote_code": config.trust_remote_code}
+    path, local_only = _resolve(config.path)
+    options = {"trust_remote_code": config.trust_remote_code, "local_files_only": local_only}
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, **options)
         model = AutoModelForCausalLM.from_pretrained(
@@ -231,18 +217,48 @@ def _attention_problem(model: Any, name: str, device: torch.device) -> str | Non
     return None
 
 
-def _resolve(path: str) -> str:
-    """A local folder, or the name of a model on the hub."""
+def _resolve(path: str) -> tuple[str, bool]:
+    """A local folder, or the name of a model on the hub, and whether all of it has to be on this machine."""
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise ModelError(f"model.path: expected a Hugging Face model folder; {path} has no config.json")
-        return str(folder)
+        return str(folder), True
     if path.lower() == smollm2.NAME:
-        return str(smollm2.smollm2_path())
+        return str(smollm2.smollm2_path()), True
     if folder.exists() or path.startswith((".", "/", "~")) or not _HUB_NAME.fullmatch(path):
         raise ModelError(f"model.path: expected a model folder or a hub name; there is no folder {path}")
-    return path
+    return path, _only_in_cache(path)
+
+
+def _only_in_cache(name: str) -> bool:
+    """Whether the hub cannot be asked, so that a model that was downloaded once has to do.
+
+    One quick question: left to itself, transformers asks an unreachable hub for a minute.
+
+    Raises:
+        ModelError: the hub has no such model, or it cannot be asked and nothing of the model is in the cache.
+    """
+    from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if constants.HF_HUB_OFFLINE:
+        why = "HF_HUB_OFFLINE is set"
+    else:
+        try:
+            get_hf_file_metadata(hf_hub_url(name, "config.json"))
+            return False
+        except HfHubHTTPError as error:  # the hub's answer; gated models and those without access have their own
+            lines = [line for line in str(error).splitlines() if line.strip()]
+            raise ModelError(f"model.path: there is no folder {name} here, and the hub answers: {lines[0]}") from error
+        except Exception as error:  # noqa: BLE001 - the classes of connection errors differ from release to release
+            why = f"{constants.ENDPOINT} cannot be reached ({str(error) or type(error).__name__})"
+    if not isinstance(try_to_load_from_cache(name, "config.json"), str):
+        raise ModelError(
+            f"model.path: cannot load {name}: there is no folder of that name in {Path.cwd()}, no such model in the "
+            f"cache {constants.HF_HUB_CACHE}, and {why}"
+        )
+    return True
 
 
 def _eos_token_ids(model: Any, tokenizer: Any) -> list[int]:

@@ -137,11 +137,8 @@ class Updater:
             states,
             head.weight,
             pack.targets,
-            experience.advantages[pack.completions].to(pack.targets.device),
             cu_seqlens=pack.cu_seqlens,
-            old_logprobs=pack.take(experience.old_logprobs),
-            ref_logprobs=pack.take(experience.ref_logprobs),
-            sampling_logprobs=pack.take(experience.sampling_logprobs),
+            **pack.loss_inputs(experience),
             bias=head.bias,
             head=head.config,
             config=pack_loss,
@@ -212,7 +209,7 @@ class Updater:
     @torch.no_grad()
     def _score(self, policy: Policy, experience: Experience, minibatches: Sequence[Sequence[int]]) -> torch.Tensor:
         """`[N]` logprobs of the experience's tokens under `policy`; NaN where no step will ask."""
-        scored = torch.full_like(experience.sampling_logprobs, torch.nan)
+        index, found = [], []
         with policy.packing():
             for completions in minibatches:
                 for pack in self._packs(experience, completions):
@@ -229,7 +226,11 @@ class Updater:
                         backend=self._config.backend,
                         workspace_bytes=self._config.workspace_bytes,
                     )
-                    scored[pack.token_index] = result.logprobs.to(scored.device)
+                    index.append(pack.token_index)
+                    found.append(result.logprobs)
+        scored = torch.full_like(experience.sampling_logprobs, torch.nan)
+        if found:
+            scored[torch.cat(index)] = torch.cat(found).to(scored.device)  # the device's results in one copy
         return scored
 
 

@@ -2,31 +2,44 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 from collections.abc import Mapping
 
 import torch
 
-# Dense bfloat16 tensor-core peaks, in TFLOP/s, by a part of the name that CUDA gives. The longer name goes first.
-_PEAK_TFLOPS = (
-    ("GB200", 2500.0),
-    ("B200", 2250.0),
-    ("GH200", 989.0),
-    ("H200", 989.0),
-    ("H100 PCIe", 756.0),
-    ("H100", 989.0),
-    ("H800", 989.0),
-    ("H20", 148.0),
-    ("A100", 312.0),
-    ("A800", 312.0),
-    ("L40S", 362.0),
-    ("L4", 121.0),
-    ("A10G", 70.0),
-    ("RTX 5090", 209.5),
-    ("RTX 4090", 165.2),
-    ("RTX 3090", 71.0),
-)
+_MEMORY = r"(?: \d+GB?)?(?: HBM\d\w?)?"
+# Dense bfloat16 tensor-core peaks with float32 accumulation, in TFLOP/s, by the whole of the name that CUDA gives after
+# "NVIDIA". From NVIDIA's data sheets, halved where they print only the number with 2:4 sparsity; GeForce cards from the
+# architecture white papers (GA102 v2, Ada v2, RTX Blackwell v1).
+_PEAK_TFLOPS = {
+    rf"GB200{_MEMORY}": 2500.0,  # GB200 NVL72: 360 PFLOP/s sparse over 72
+    rf"B200{_MEMORY}": 2250.0,  # HGX B200: 36 PFLOP/s sparse over 8
+    rf"GH200{_MEMORY}": 989.5,
+    rf"H200{_MEMORY}": 989.5,  # SXM
+    rf"H200 NVL{_MEMORY}": 835.5,
+    r"H100(?: \d+GB)? HBM3|H100 SXM5.*": 989.5,
+    rf"H100 NVL{_MEMORY}": 835.5,
+    r"H100 PCIe.*": 756.5,
+    r"H800(?: \d+GB)?(?: HBM3)?": 989.5,
+    r"H800 PCIe.*": 756.5,
+    rf"H20{_MEMORY}": 148.0,
+    r"A100[- ].*|A800[- ].*": 312.0,  # SXM4 and PCIe alike
+    r"A40": 149.7,
+    r"A30": 165.0,
+    r"A10": 125.0,
+    r"A10G": 70.0,
+    r"L40S": 362.05,
+    r"L40": 181.05,
+    r"L4": 121.0,
+    r"RTX 6000 Ada Generation": 364.2,
+    r"RTX A6000": 154.8,
+    r"GeForce RTX 5090": 209.5,
+    r"GeForce RTX 4090": 165.2,
+    r"GeForce RTX 3090 Ti": 80.0,
+    r"GeForce RTX 3090": 71.0,
+}
 
 
 def is_measured(name: str) -> bool:
@@ -35,11 +48,19 @@ def is_measured(name: str) -> bool:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The device's dense bfloat16 peak in FLOP/s; None for devices that are not known."""
+    """The device's dense bfloat16 peak in FLOP/s; None for devices that are not known, and for parts of one (MIG)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((tflops * 1e12 for part, tflops in _PEAK_TFLOPS if part in name), None)
+    name = torch.cuda.get_device_name(device).removeprefix("NVIDIA ")
+    if " MIG " in name:
+        return None
+    return next((tflops * 1e12 for product, tflops in _PEAK_TFLOPS.items() if re.fullmatch(product, name)), None)
+
+
+def finish(device: torch.device) -> None:
+    """Wait for what was launched on the device, so that a clock read next has seen it."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def throughput_metrics(
@@ -48,10 +69,11 @@ def throughput_metrics(
     """Metrics of one step.
 
     Args:
-        seconds: of its parts, logged as `time/<part>`; `update` must be there.
+        seconds: of its parts, logged as `time/<part>`; `update` must be there: logprobs, gradients, clipping and AdamW.
         step_time: seconds of all of it.
         num_tokens: completion tokens that it trained on.
-        flops: floating-point operations of its update; the utilisation is that of the update alone.
+        flops: of the model in its update, AdamW's and the logprobs' own not counted; `mfu` is them over the update's
+            whole time.
     """
     metrics = {f"time/{name}": value for name, value in seconds.items()}
     metrics |= {"step_time": step_time, "tokens_per_second": num_tokens / step_time}

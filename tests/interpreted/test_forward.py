@@ -168,6 +168,19 @@ def test_a_row_depends_on_nothing_but_itself(dtype: torch.dtype, monkeypatch: py
     assert scratch_bytes(40, 300, dtype, hidden.device) == 16 * 2 * 16
 
 
+@pytest.mark.parametrize("launch", [None, POINTERS])
+def test_targets_outside_the_vocabulary_have_no_logprob(launch: Any) -> None:
+    (hidden, weight, targets), _ = make(5, 16, 300, torch.float32)
+    sound = forward_logprobs(hidden, weight, targets, launch=launch)
+    wrong = targets.clone()
+    wrong[1:] = torch.tensor([-1, 300, -(2**32), 2**32 + 3])
+    logprobs, entropy, lse = forward_logprobs(hidden, weight, wrong, launch=launch)
+    assert logprobs.isnan().tolist() == [False, True, True, True, True]
+    assert torch.equal(logprobs[0], sound[0][0])
+    assert torch.equal(entropy, sound[1])
+    assert torch.equal(lse, sound[2])
+
+
 def test_no_rows() -> None:
     (hidden, weight, targets), _ = make(2, 16, 300, torch.float32)
     assert [result.shape for result in forward_logprobs(hidden[:0], weight, targets[:0])] == [(0,)] * 3

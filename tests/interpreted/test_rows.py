@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -98,7 +100,9 @@ def test_rows_do_not_see_each_other() -> None:
     assert all(torch.equal(a[order], b) for a, b in zip(whole, other, strict=True))
 
 
-def objective_rows(rows: Rows, dx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def objective_rows(
+    rows: Rows, dx: Tensor, *, results: tuple[Tensor, ...] | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     ones = torch.ones(rows.num_rows)
     tokens = {"weights": ones, "advantages": ones, "old_logprobs": None, "ref_logprobs": None}
     objective = row_objective.Objective("clipped", "none", True, "none", objective_parameters(PLAIN, dx.device))
@@ -109,6 +113,7 @@ def objective_rows(rows: Rows, dx: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         dx,
         entropy_gradient=None,
         grad_scale=None,
+        results=results,
     )
 
 
@@ -120,6 +125,70 @@ def test_objective_agrees_with_statistics_bit_for_bit() -> None:
     assert torch.equal(logprobs, expected[0])
     assert torch.equal(entropy, expected[1])
     assert live.all()
+
+
+def test_targets_outside_the_vocabulary_have_no_logprob() -> None:
+    """NaN, which the loss counts; entropy and lse are the row's, other rows are not touched, nor is other memory."""
+    rows = make_rows(5, 97)
+    sound = row_statistics.row_statistics_of(rows)
+    targets = torch.tensor([-1, int(rows.targets[1]), 97, -(2**40), 2**32])
+    guarded = torch.full((7, 100), 7.0, dtype=torch.float16)
+    logprobs, entropy, lse = row_statistics.row_statistics_of(Rows(rows.logits, targets))
+    assert logprobs.isnan().tolist() == [True, False, True, True, True]
+    assert torch.equal(logprobs[1], sound[0][1])
+    assert torch.equal(entropy, sound[1])
+    assert torch.equal(lse, sound[2])
+    again, _, live = objective_rows(Rows(rows.logits, targets), guarded[1:6, :97])
+    assert torch.equal(again.isnan(), logprobs.isnan())
+    assert live.all()
+    assert guarded[1:6, :97].isnan().all(1).tolist() == [True, False, True, True, True]
+    row_gradient.row_gradient_of(Rows(rows.logits, targets), lse, entropy, torch.ones(5), None, guarded[1:6, :97])
+    assert guarded[1:6, :97].isfinite().all()  # a block of the vocabulary, whose targets are elsewhere
+    guarded[1:6, :97] = 7.0
+    assert (guarded == 7.0).all()
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_a_target_of_another_block(softcap: float | None) -> None:
+    """Blocks of the vocabulary make up the row: the target's own gradient is in one of them, in the others just p."""
+    rows = replace(make_rows(3, 97), softcap=softcap)
+    _, entropy, lse = row_statistics.row_statistics_of(rows)
+    whole = torch.empty(3, 97)
+    g, e = torch.tensor([1.0, -2.0, 0.5]), torch.tensor([0.1, 0.0, 0.3])
+    row_gradient.row_gradient_of(rows, lse, entropy, g, e, whole)
+    parts = []
+    for start, stop in ((0, 40), (40, 41), (41, 97)):
+        block = torch.full((3, stop - start), torch.nan)
+        part = replace(rows, logits=rows.logits[:, start:stop])
+        row_gradient.row_gradient_of(part, lse, entropy, g, e, block, vocab_start=start)
+        parts.append(block)
+    assert torch.equal(torch.cat(parts, 1), whole)
+
+
+def test_results_go_where_they_are_wanted() -> None:
+    """Slices of a call's buffers, at any element."""
+    rows = make_rows(5, 97)
+    expected = row_statistics.row_statistics_of(rows)
+    buffers = [torch.full((11,), 7.0) for _ in range(3)]
+    out = tuple(buffer[3:8] for buffer in buffers)
+    given = row_statistics.row_statistics_of(rows, out)
+    for found, buffer, wanted in zip(given, buffers, expected, strict=True):
+        assert torch.equal(buffer[3:8], wanted)
+        assert found.data_ptr() == buffer[3:].data_ptr()
+        assert (buffer[:3] == 7).all()
+        assert (buffer[8:] == 7).all()
+    live = torch.zeros(11, dtype=torch.bool)
+    dx = torch.empty(5, 97)
+    results = (*out[:2], live[1:6])
+    found = objective_rows(rows, dx, results=results)
+    assert torch.equal(found[0], expected[0])
+    assert found[2].data_ptr() == live[1:].data_ptr()
+    assert live.tolist() == [False] + 5 * [True] + 5 * [False]
+    for wrong in ((*out[:2], live[:4]), (*out[:2], live[1:6].to(torch.uint8)), (*out[:2], live[1:11:2])):
+        with pytest.raises(ValueError, match="results: expected contiguous logprobs, entropy, live"):
+            objective_rows(rows, dx, results=wrong)
+    with pytest.raises(ValueError, match="results: expected contiguous logprobs, entropy, lse"):
+        row_statistics.row_statistics_of(rows, out[:2])
 
 
 def test_bad_arguments() -> None:

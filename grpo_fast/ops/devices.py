@@ -1,0 +1,78 @@
+"""What a kind of device can do, as far as this library asks. Nothing else looks at `device.type` to decide how to work.
+
+To serve another kind of device, add a row to `TRAITS`. Tests put a GPU's row in the place of the CPU's
+(`tests/stand_in.py`), so that every branch that a GPU takes runs without one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+def _unknown_memory(device: torch.device) -> int | None:
+    return None
+
+
+def _cuda_memory(device: torch.device) -> int | None:
+    return int(torch.cuda.get_device_properties(device).total_memory)
+
+
+@dataclass(frozen=True)
+class DeviceTraits:
+    """One kind of device.
+
+    Attributes:
+        wide_products: the library's matrix products give float32 from bf16 and fp16 operands (`aten::mm.dtype_out`);
+            otherwise operands are widened, a block at a time.
+        asynchronous: the host runs ahead, so that reading a value back makes it wait.
+        streams: has torch.cuda's `current_stream`, `Stream` and `stream`; None where work is done in one order.
+        tile_rows: rows of one logits product that fill the device.
+        row_block_elements: of the blocks of rows that torch's row functions work through.
+        vector_products: products of fewer than four rows are vector products, which sum straight over the vocabulary.
+        float32_switch: its `fp32_precision` says what the process allows in the place of float32 products: "tf32",
+            "bf16", or something else for nothing.
+        total_memory: bytes of a device, or None where that is not a bound of its own.
+    """
+
+    wide_products: bool
+    asynchronous: bool
+    streams: Any
+    tile_rows: int
+    row_block_elements: int
+    vector_products: bool = False
+    float32_switch: Any = None
+    total_memory: Callable[[torch.device], int | None] = _unknown_memory
+
+
+TRAITS: dict[str, DeviceTraits] = {
+    # Blocks near the caches. (2^19 float32 are 2 MiB.)
+    "cpu": DeviceTraits(
+        wide_products=False,
+        asynchronous=False,
+        streams=None,
+        tile_rows=128,
+        row_block_elements=2**19,
+        vector_products=True,
+        float32_switch=torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
+    ),
+    # Blocks that fill 132 multiprocessors: 2^23 float32 are 32 MiB.
+    "cuda": DeviceTraits(
+        wide_products=True,
+        asynchronous=True,
+        streams=torch.cuda,
+        tile_rows=1024,
+        row_block_elements=2**23,
+        float32_switch=torch.backends.cuda.matmul,
+        total_memory=_cuda_memory,
+    ),
+}
+_OTHERS = DeviceTraits(wide_products=False, asynchronous=True, streams=None, tile_rows=128, row_block_elements=2**19)
+
+
+def traits(device: torch.device) -> DeviceTraits:
+    """What devices of this kind can do."""
+    return TRAITS.get(device.type, _OTHERS)

@@ -1,0 +1,206 @@
+"""Where numbers are extreme: float16's scale, logits of -inf, bad rows, a process that allows less than float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from grpo_fast.config import HeadConfig, LossConfig
+from grpo_fast.loss import grpo_loss, policy_loss, token_logprobs
+from grpo_fast.ops.backend import RowChunk, RowSlopes, Transform, get_backend
+from grpo_fast.ops.float32_products import add_product
+from tests.cases import BACKENDS, TOLERANCES, make_case, rel_rms
+from tests.test_loss import legal_plans, oracle, run
+
+HALF = TOLERANCES[torch.float16].floor
+
+
+# -- float16's scale --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("plan", ["recompute", "lean"])
+def test_only_the_entropy_has_a_gradient(plan: str, backend: str) -> None:
+    """B2: g = 0 says nothing of the scale that e needs."""
+    case = make_case(1, dtype=torch.float16)
+    case.advantages.zero_()
+    config = LossConfig(entropy_coef=5.0)
+    _, gradients = oracle(case, config)
+    _, actual = run(case, config, plan=plan, backend=backend, workspace_bytes=None)
+    assert all(rel_rms(actual[name], gradients[name]) <= 2 * HALF for name in gradients)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("plan", ["single_pass", "resident", "recompute", "lean"])
+@pytest.mark.parametrize("normalizer", [1e6, 1.0, 1e-3])
+def test_weights_of_any_size(normalizer: float, plan: str, backend: str) -> None:
+    """B3: a loss divided by a million tokens, or by a thousandth; the gradients come back as float32 scaled sums."""
+    case = make_case(2, dtype=torch.float16)
+    config = LossConfig(beta=0.01, entropy_coef=0.01)
+    given = {"normalizer": normalizer, "entropy_normalizer": normalizer}
+    exact, leaves = case.double(), case.double().leaves()
+    policy = exact.policy_inputs(config)
+    from grpo_fast.reference import reference_loss
+
+    out = reference_loss(
+        leaves["hidden"], leaves["weight"], exact.targets, exact.advantages, config=replace(config, entropy_coef=0.0),
+        normalizer=normalizer, **policy,
+    )  # fmt: skip
+    kept = exact.loss_mask
+    from grpo_fast.reference import reference_logprobs
+
+    _, entropy = reference_logprobs(leaves["hidden"][kept], leaves["weight"], exact.targets[kept])
+    (out.loss - config.entropy_coef * entropy.sum() / normalizer).backward()
+    buffer, ours = torch.zeros(case.weight.shape), case.leaves()
+    result = grpo_loss(
+        ours["hidden"], ours["weight"], case.targets, case.advantages, config=config, plan=plan, backend=backend,
+        main_grad=buffer, **given, **case.policy_inputs(config),
+    )  # fmt: skip
+    result.loss.backward()
+    assert rel_rms(buffer, leaves["weight"].grad) <= HALF
+    if normalizer != 1e6:  # the gradient of hidden is float16 itself, and a millionth is below its normal numbers
+        assert rel_rms(ours["hidden"].grad, leaves["hidden"].grad) <= 2 * HALF
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sharp_temperature_does_not_overflow(backend: str) -> None:
+    case = make_case(3, dtype=torch.float16, temperature=1e-4)
+    config = LossConfig(temperature=1e-4)
+    _, gradients = oracle(case, config)
+    for plan in legal_plans(config):
+        leaves, buffer = case.leaves(), torch.zeros(case.weight.shape)
+        out = grpo_loss(
+            leaves["hidden"], leaves["weight"], case.targets, case.advantages, config=config, plan=plan,
+            backend=backend, main_grad=buffer, **case.policy_inputs(config),
+        )  # fmt: skip
+        out.loss.backward()
+        assert rel_rms(buffer, gradients["weight"]) <= HALF, plan
+
+
+# -- logits of -inf ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("e", [3.0, -40.0, 1e4])
+def test_words_that_cannot_be(e: float, backend: str) -> None:
+    """B7: of probability 0; their gradient is 0 however large the entropy's slope."""
+    logits = torch.randn(4, 64)
+    logits[:, ::5] = -torch.inf
+    rows = RowChunk(logits, torch.tensor([1, 2, 3, 4]), Transform(HeadConfig(), None, 1.0))
+    engine = get_backend(backend)
+    logprobs, entropy, lse = engine.statistics(rows)
+    slopes = RowSlopes(lse, entropy, torch.full((4,), 0.5), torch.full((4,), e))
+    z = logits.double().requires_grad_()
+    possible = z.isfinite()
+    log_p = torch.log_softmax(z, -1)
+    entropies = -(log_p.exp() * torch.where(possible, log_p, 0.0)).sum(-1)
+    assert rel_rms(entropy, entropies) <= 1e-6
+    p = log_p.exp().detach()
+    finite = torch.where(possible, log_p, 0.0).detach()
+    expected = 0.5 * (torch.nn.functional.one_hot(rows.targets, 64) - p) - e * p * (
+        finite + entropies[:, None].detach()
+    )
+    dx = engine.gradient(rows, slopes, dtype=torch.float32)
+    assert rel_rms(dx, expected) <= 1e-5
+    assert not dx[:, ::5].any()
+    assert logprobs.isfinite().all()
+
+
+# -- bad rows ---------------------------------------------------------------------------------------------------------
+
+INF, NAN = float("inf"), float("nan")
+BAD_NUMBERS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("old -inf", {"old_logprobs": -INF}, {}),
+    ("old inf", {"old_logprobs": INF}, {}),
+    ("old nan", {"old_logprobs": NAN}, {}),
+    ("old far", {"old_logprobs": -200.0}, {}),
+    ("ref nan", {"ref_logprobs": NAN}, {"beta": 0.1}),
+    ("ref far", {"ref_logprobs": 200.0}, {"beta": 0.1}),
+    ("sampling inf", {"sampling_logprobs": -INF}, {"loss_type": "dppo"}),
+    ("advantage nan", {"advantages": NAN}, {}),
+    ("advantage inf", {"advantages": INF}, {}),
+    ("hidden nan", {"hidden": NAN}, {}),
+]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("changes", "options"), [pytest.param(c, o, id=i) for i, c, o in BAD_NUMBERS])
+def test_bad_rows_are_counted(changes: dict[str, Any], options: dict[str, Any], backend: str) -> None:
+    """B9: whatever is not finite, value or gradient, in what is given or what comes out."""
+    case = make_case(4, (6, 5, 4), token_advantages=True, masked_fraction=0.0, masked_sequence=False)
+    config = LossConfig(**options, epsilon_high=0.3)
+    assert run(case, config, backend=backend)[0].metrics.as_dict()["bad_rows"] == 0
+    for name, number in changes.items():
+        values = getattr(case, name).clone()
+        values[[2, 9]] = number
+        case = replace(case, **{name: values})
+    case.advantages[[2, 9]] = case.advantages[[2, 9]].abs()  # at A > 0 the clipped side hides an infinite ratio
+    out, gradients = run(case, config, backend=backend)
+    assert out.metrics.as_dict()["bad_rows"] == 2
+    known_good = [n for n, g in gradients.items() if bool(g.isfinite().all())]
+    assert out.loss.isfinite() or not known_good or changes  # counted, whether or not the sum shows it
+
+
+def test_unknown_sampling_logprobs_are_not_bad() -> None:
+    case = make_case(5, missing_sampling=0.3)
+    config = LossConfig(loss_type="dppo", importance_sampling_mode="token_mask")
+    given = case.policy_inputs(config)
+    assert bool(given["sampling_logprobs"].isnan().any())
+    out = policy_loss(case.logprobs, case.advantages, config=config, **given)
+    assert out.metrics.as_dict()["bad_rows"] == 0
+
+
+# -- products ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["bf16", "tf32"])
+def allowed(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The process allows the CPU's library to multiply float32 operands in less."""
+    switch = torch.backends.mkldnn.matmul
+    before = switch.fp32_precision
+    switch.fp32_precision = request.param
+    yield str(request.param)
+    assert switch.fp32_precision == request.param  # nobody has turned it
+    switch.fp32_precision = before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_products_of_parts_are_float32(allowed: str, overwrite: bool) -> None:
+    left, right = torch.randn(64, 256), torch.randn(256, 128)
+    left[3, 5], left[7, 0], right[0, 9] = 1e-30, 1e30, 0.0
+    out = torch.randn(64, 128)
+    expected = left.double() @ right.double() + (0 if overwrite else out.double())
+    add_product(out, left, right, overwrite=overwrite)
+    assert rel_rms(out, expected) <= 1e-6
+    left[0, 0] = torch.inf
+    add_product(out, left, right, overwrite=True)
+    assert not out[0].isfinite().any()
+    assert out[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_logprobs_where_less_is_allowed(allowed: str, dtype: torch.dtype) -> None:
+    """A5, on a CPU: `torch.set_float32_matmul_precision("medium")` is bf16 there."""
+    case = make_case(6, (64, 64), hidden_size=64, vocab=1000, dtype=dtype, logit_std=4.0)
+    found = token_logprobs(case.hidden, case.weight, case.targets, backend="torch").logprobs
+    assert float((found - case.logprobs).square().mean().sqrt()) <= 2e-6
+    gradients = oracle(case, LossConfig())[1]
+    actual = run(case, LossConfig(), backend="torch", workspace_bytes=None)[1]
+    assert rel_rms(actual["weight"], gradients["weight"]) <= max(TOLERANCES[dtype].floor, 1e-5)
+
+
+def test_nobody_turns_the_processs_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the whole process's: others multiply meanwhile."""
+    turned: list[Any] = []
+
+    class Switch:
+        fp32_precision = property(lambda self: "ieee", lambda self, value: turned.append(value))
+
+    monkeypatch.setattr(torch.backends.mkldnn, "matmul", Switch())
+    case = make_case(7, dtype=torch.bfloat16)
+    run(case, LossConfig(), backend="torch", workspace_bytes=None)
+    assert not turned
