@@ -227,6 +227,8 @@ def test_fused_forward(place: Place, number: int, width: int, dtype: torch.dtype
     """The plan that never writes a logit, through the copy engine's tiles where the device has them."""
     if not get_backend(place.backend).has_fused_forward:
         pytest.skip(f"{place.backend} has no fused forward")
+    if place.stand_in and dtype == torch.bfloat16:
+        pytest.skip("the interpreter's bf16 products are wrong")
     case = make_case(8, (50, 90, 20, 71), width, VOCABS[number], dtype, bias=True, softcap=30.0, device=place.device)
     temperature = torch.linspace(0.7, 1.4, case.targets.numel(), device=place.device)
     head = HeadConfig(softcap=30.0)
