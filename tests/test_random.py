@@ -344,7 +344,8 @@ def check_grpo_loss(problem: Problem) -> None:
         assert not actual[~computed].any(), f"{name}: expected 0 where not computed"
     metrics = out.metrics.as_dict()
     assert metrics["bad_rows"] == 0
-    assert_near("loss of metrics", torch.tensor(metrics["loss"], dtype=torch.float64), exact.loss, s, lambda: plain.exact.loss)
+    loss = torch.tensor(metrics["loss"], dtype=torch.float64)
+    assert_near("loss of metrics", loss, exact.loss, s, lambda: plain.exact.loss)
     assert_metrics(metrics, reference_metrics(data, s.config, exact.loss.item()), s, "metrics")
     check_merge(problem, out)
 
