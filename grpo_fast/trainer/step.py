@@ -225,6 +225,7 @@ class Updater:
                         policy.head(),
                         pack.targets,
                         config=self._config.loss,
+                        ignore_index=None,
                         entropy=False,
                         backend=self._config.backend,
                         workspace_bytes=self._config.workspace_bytes,
