@@ -230,6 +230,22 @@ def test_metrics_of_parts_merge_to_those_of_the_whole() -> None:
         Metrics.merge([])
 
 
+def _metrics_of(case: Case, first: int, last: int) -> Metrics:
+    """Of sequences `first:last`: clipped, corrected, with a reference."""
+    bounds = case.cu_seqlens[first : last + 1]
+    rows = slice(int(bounds[0]), int(bounds[-1]))
+    return policy_loss(
+        case.logprobs[rows],
+        case.advantages[first:last],
+        entropy=case.entropy[rows],
+        cu_seqlens=bounds - bounds[0],
+        old_logprobs=case.old_logprobs[rows],
+        ref_logprobs=case.ref_logprobs[rows],
+        sampling_logprobs=case.sampling_logprobs[rows],
+        config=LossConfig(loss_type="grpo", beta=0.1, importance_sampling_mode="token_truncate", entropy_coef=0.01),
+    ).metrics
+
+
 def _rank(rank: int, port: int, results: Any) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     case = make_case(10, dtype=torch.float64, masked_sequence=False)
@@ -242,7 +258,9 @@ def _rank(rank: int, port: int, results: Any) -> None:
         normalizer=1.0,
     )
     metrics = out.metrics.all_reduce().as_dict()
-    results.put((rank, out.loss.item(), metrics["entropy"], metrics["loss"]))
+    sequences = (0, 6) if rank == 0 else (6, 12)
+    everything = _metrics_of(case, *sequences).all_reduce().as_dict()
+    results.put((rank, out.loss.item(), metrics["entropy"], metrics["loss"], everything))
     torch.distributed.destroy_process_group()
 
 
@@ -272,6 +290,10 @@ def test_quantiles_and_metrics_span_ranks(monkeypatch: pytest.MonkeyPatch) -> No
     assert got[0][1] + got[1][1] == pytest.approx(whole.loss.item(), rel=1e-12)
     assert got[0][2] == got[1][2] == pytest.approx(whole.metrics.as_dict()["entropy"], rel=1e-12)
     assert got[0][3] == pytest.approx(whole.loss.item(), rel=1e-12)
+    undivided = _metrics_of(case, 0, 12).as_dict()
+    assert undivided["clip_ratio/low_mean"] > 0
+    for rank in got:
+        assert rank[4] == pytest.approx(undivided, rel=1e-12)
 
 
 # -- packing ----------------------------------------------------------------------------------------------------------

@@ -382,8 +382,9 @@ class Plain:
             return []
         generator = torch.Generator().manual_seed(problem.settings.number)
         hidden = problem.hidden.double()
-        hidden = hidden * (1 + 2.0**-23 * torch.randn(hidden.shape, generator=generator, dtype=torch.float64))
-        return [oracle(problem, torch.float32), oracle(replace(problem, hidden=hidden))]
+        noise = 2.0**-22 * torch.randn(3, *hidden.shape, generator=generator, dtype=torch.float64)
+        nearby = [oracle(replace(problem, hidden=hidden * (1 + share))) for share in noise]
+        return [oracle(problem, torch.float32), *nearby]
 
     def losses(self) -> list[Tensor]:
         return [result.loss for result in self.results]
