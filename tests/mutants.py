@@ -23,6 +23,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 RANDOM = "tests/test_random.py"
+MANY = f"{RANDOM} --random-cases 3000"
 RANKS = "tests/test_edges.py::test_quantiles_and_metrics_span_ranks"
 
 

@@ -37,7 +37,8 @@ class Settings:
         rows: of logits that the workspace holds (a tile has 16).
         grads: which inputs require gradients.
         forbidden: last tokens of the vocabulary that a bias of -inf takes out.
-        mask: None or the kind of `loss_mask`. ignore: some targets are -100. junk: what masked positions hold is wild.
+        mask: None or the kind of `loss_mask`. ignore: some targets are `ignore_index`, which masks them, too.
+        junk: masked positions hold anything.
         masked: share of tokens.
         advantages: "[S]", "[S, 1]", "token" or "[1, T]".
         drift: nats a token between the policies.
@@ -68,6 +69,7 @@ class Settings:
     row_temperature: bool = False
     mask: str | None = None
     ignore: bool = False
+    ignore_index: int | None = -100
     junk: bool = False
     masked: float = 0.0
     advantages: str = "[S]"
@@ -158,11 +160,11 @@ def draw_settings(number: int, backends: tuple[str, ...], devices: Sequence[str]
     backend, device = d.one_of(backends), d.one_of(devices)
     if device != "cpu" and backend == "cpu":  # GPUs do not have it
         backend = "torch"
-    wide_share = (10, 55, 0, 35) if INTERPRETED else (60, 18, 11, 11)
+    wide_share = (10, 55, 0, 35) if INTERPRETED else (54, 18, 12, 16)
     dtype = d.choices((torch.float64, torch.float32, torch.bfloat16, torch.float16), wide_share)[0]
     lengths, padding = draw_lengths(d)
-    mask = d.pick(None, "bool", "bool", "int64", "uint8", "float")
-    ignore = d.chance(0.2)
+    mask = d.pick(None, "bool", "int64", "uint8", "float", usual=0.3)
+    ignore = d.chance(0.15)
     masked = d.pick(0.2, 0.0, 0.6, 1.0, usual=0.6) if mask is not None or ignore else 0.0
     if padding is not None and mask is None and not ignore:  # every position is a token
         lengths, padding = (max(lengths, default=0),) * len(lengths), 0
@@ -175,7 +177,7 @@ def draw_settings(number: int, backends: tuple[str, ...], devices: Sequence[str]
         config=config,
         backend=backend,
         device=device,
-        rows=d.pick(16, 16, 32, 48, 1000),
+        rows=d.pick(16, 32, 48, 1000, usual=0.4),
         dtype=dtype,
         lengths=lengths,
         padding=padding,
@@ -190,6 +192,7 @@ def draw_settings(number: int, backends: tuple[str, ...], devices: Sequence[str]
         row_temperature=d.chance(0.3),
         mask=mask,
         ignore=ignore,
+        ignore_index=d.pick(-100, -5, usual=0.5) if ignore else d.pick(None, -100),
         junk=d.chance(0.5),
         masked=masked,
         zero_advantages=d.pick(0.0, 0.4, 1.0, usual=0.3),
@@ -292,7 +295,7 @@ def draw_lengths(d: Draw) -> tuple[tuple[int, ...], int | None]:
     padding = d.randint(0, 2) if d.chance(0.4) else None
     if d.chance(0.03):
         return (), padding
-    lengths = tuple(d.pick(0, 1, 1, 2, 3, 5, 8, 11, 14, 17) for _ in range(d.randint(1, 8)))
+    lengths = tuple(d.pick(0, 1, 1, 2, 3, 5, 8, 11, 14, 17) for _ in range(d.pick(1, 2, 4, 6, 7, 8, 9)))
     if d.chance(0.03):
         lengths = (0,) * len(lengths)
     if d.chance(0.04):
@@ -306,7 +309,7 @@ def draw_lengths(d: Draw) -> tuple[tuple[int, ...], int | None]:
 
 def draw_grads(d: Draw, bias: bool) -> tuple[str, ...]:
     grads = d.pick(("hidden", "weight"), ("hidden",), ("weight",), (), usual=0.5)
-    return (*grads, "bias") if bias and d.chance(0.5) else grads
+    return (*grads, "bias") if bias and d.chance(0.7) else grads
 
 
 def draw_sampling(d: Draw, config: LossConfig) -> str | None:

@@ -222,7 +222,7 @@ class Arguments:
     def targets(self) -> Tensor:
         values = self.junk(self.problem.targets, IGNORED, -1, self.s.vocab, 2**31 - 1)
         if self.s.ignore:
-            values = values.masked_fill(self.problem.ignored, IGNORED)
+            values = values.masked_fill(self.problem.ignored, self.s.ignore_index)
         dtype = self.random.choice((torch.int64, torch.int32))
         return self.view("targets", values.to(dtype))
 
@@ -268,6 +268,7 @@ class Arguments:
             "hidden": self.view("hidden", hidden),
             "weight": self.view("weight", p.weight),
             "targets": self.targets(),
+            "ignore_index": s.ignore_index,
             "bias": self.optional("bias", p.bias),
             "head": s.head,
             "backend": s.backend,
