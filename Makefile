@@ -2,6 +2,7 @@
 # make test    the whole test suite
 # make test-oldest, make test-newest    its core with every lower bound, and with the newest torch; 5 GB each
 # make lint    ruff and mypy
+# make gpu     what a GPU shows of this library, part by part; again: what is left; PART=floor,rows BUDGET=540 ARGS=--again
 # make bench   this library against its competitors, a quarter of an hour on two cores; OUT=dir for the JSON and the report
 # PYTHON=python3.12 picks the interpreter that .venv is made with.
 
@@ -13,7 +14,7 @@ RUN := runs/demo
 OUT ?= runs/bench
 PYTEST_ARGS ?=
 
-.PHONY: help venv demo test test-oldest test-newest bench lint format clean
+.PHONY: help venv demo test test-oldest test-newest bench gpu lint format clean
 
 help:
 	@sed -n 's/^# \(make\|PYTHON\)/\1/p' Makefile
@@ -82,6 +83,13 @@ bench: $(VENV)/.stamp-bench
 	mkdir -p $(OUT)
 	$(BIN)/python -m pytest benchmarks/test_loss.py -m quick -s --benchmark-quiet --benchmark-json=$(OUT)/bench.json $(PYTEST_ARGS)
 	$(BIN)/python benchmarks/report.py $(OUT)/bench.json --out $(OUT)
+
+# On the machine's own Python with its own torch (GPU_PYTHON=...): no network, nothing is installed. See benchmarks/gpu.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+PART ?=
+BUDGET ?= inf
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu --part '$(PART)' --budget $(BUDGET) $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .
