@@ -170,7 +170,7 @@ def test_options_of_the_loss_that_cannot_run(updaters):
 
 
 def test_every_pack_has_the_runs_loss_config(updaters, monkeypatch):
-    """A backend keeps what it makes of a config: one a pack, as a coefficient weighted by the pack's share is, adds up."""
+    """A backend keeps what it makes of a config: one a pack, as a coefficient weighted by a share is, would add up."""
     seen: list[LossConfig] = []
 
     def spy(*arguments, config, **options):
@@ -216,3 +216,19 @@ def test_the_bonus_is_a_mean_over_the_tokens_it_acts_on(updaters, monkeypatch, q
     assert len(sizes) > 1
     kept = [high_entropy_mask(torch.rand(size), torch.ones(size, dtype=torch.bool), quantile) for size in sizes]
     assert seen == [float(sum(int(mask.sum()) for mask in kept))] * len(sizes)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_first_of_several_steps_has_ratio_one(updaters, temperature):
+    """Scored at the loss's own temperature, in the same packs, to the last bit."""
+    updater = updaters(rollout__temperature=temperature, num_iterations=2, max_tokens_per_microbatch=20)
+    assert updater._config.loss.temperature == temperature
+    data = experience()
+    data.old_logprobs = data.ref_logprobs = None
+    updater.prepare(data, [range(4), range(4, 8)])
+    scored = data.old_logprobs.isfinite()
+    assert scored.any()
+    assert not scored.all()  # what no step will ask for
+    for completions in (range(4), range(4, 8)):
+        metrics = updater.gradients(data, completions)
+        assert metrics["ratio/min"] == metrics["ratio/max"] == 1

@@ -108,7 +108,7 @@ class PackLayout:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
-    def with_tensors(self, tensors: dict[str, Tensor]) -> PackLayout:
+    def with_tensors(self, tensors: dict[str, Any]) -> PackLayout:
         """The layout with other tensors, `tensors()` on a device."""
         return replace(self, **tensors)
 
