@@ -2,6 +2,7 @@
 # make test    the whole test suite
 # make test-oldest, make test-newest    its core with every lower bound, and with the newest torch; 5 GB each
 # make lint    ruff and mypy
+# make gpu     what a GPU shows of this library, part by part; again: what is left; PART=floor,rows BUDGET=540 ARGS=--again
 # make bench   this library against its competitors, a quarter of an hour on two cores; OUT=dir for the JSON and the report
 # PYTHON=python3.12 picks the interpreter that .venv is made with.
 
@@ -13,7 +14,7 @@ RUN := runs/demo
 OUT ?= runs/bench
 PYTEST_ARGS ?=
 
-.PHONY: help venv demo test test-oldest test-newest bench lint format clean
+.PHONY: help venv demo test test-oldest test-newest bench gpu lint format clean
 
 help:
 	@sed -n 's/^# \(make\|PYTHON\)/\1/p' Makefile
@@ -54,10 +55,11 @@ test: venv
 # The two ends of what is supported, each in an environment of its own: constraints-oldest.txt holds the lower bounds of
 # pyproject.toml, constraints-newest.txt the newest torch and triton that were tried. What depends on their versions: every
 # loss on every backend against float64, compiled callers, models and the trainer, kernels under Triton's interpreter.
-CORE := loss edges clamp reference rows cpu_backend triton_backend head attention doctor advantages config step trainer \
-	checkpoint rollout resume logging
+CORE := loss edges inputs numerics stand_in clamp reference rows cpu_backend triton_backend head attention doctor advantages \
+	config step trainer checkpoint rollout resume logging
 CORE := $(CORE:%=tests/test_%.py) $(wildcard tests/test_random.py) tests/test_csrc.py::test_objective_is_autograds
-CORE_INTERPRETED := tests/interpreted/test_losses.py tests/interpreted/test_rows.py
+CORE_INTERPRETED := $(patsubst %,tests/interpreted/test_%.py,losses rows stand_in) \
+	--deselect tests/interpreted/test_losses.py::test_memory
 
 # The first of these Pythons that is there (PYENV_VERSION: where pyenv has several, a name alone finds none), or $(PYTHON).
 first_python = $(or $(firstword $(foreach v,$1,$(shell PYENV_VERSION=$v python$v -c 'import sys; print(sys.executable)' \
@@ -74,13 +76,20 @@ PYTHON_newest ?= $(call first_python,3.11)
 
 test-oldest test-newest: test-%: .venv-%/.stamp
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n logical $(CORE) $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n logical $(CORE_INTERPRETED)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n logical $(CORE_INTERPRETED) $(PYTEST_ARGS)
 
 # All threads, and nothing else on the machine. More: pytest benchmarks/test_loss.py, benchmarks/test_growth.py.
 bench: $(VENV)/.stamp-bench
 	mkdir -p $(OUT)
 	$(BIN)/python -m pytest benchmarks/test_loss.py -m quick -s --benchmark-quiet --benchmark-json=$(OUT)/bench.json $(PYTEST_ARGS)
 	$(BIN)/python benchmarks/report.py $(OUT)/bench.json --out $(OUT)
+
+# On the machine's own Python with its own torch (GPU_PYTHON=...): no network, nothing is installed. See benchmarks/gpu.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+PART ?=
+BUDGET ?= inf
+gpu:
+	$(GPU_PYTHON) -m benchmarks.gpu --part '$(PART)' --budget $(BUDGET) $(ARGS)
 
 lint: venv
 	$(BIN)/ruff check .

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import hashlib
 import importlib.metadata
 import os
 import platform
@@ -17,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 PACKAGES = ("grpo-fast", "trl", "transformers", "liger-kernel", "cut-cross-entropy", "quack-kernels", "verl", "triton")
+SOURCES = ("grpo_fast", "kernels", "csrc")
 REPO = Path(__file__).resolve().parent.parent
 Result = TypeVar("Result")
 
@@ -51,14 +53,41 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
+def _commit() -> tuple[str | None, bool | None, str]:
+    """(commit, whether tracked files differ from it or None if that is not known, who says so)."""
+    commit = _output("git", "rev-parse", "HEAD")
+    if commit is not None:
+        dirty = _output("git", "status", "--porcelain", "--untracked-files=no")
+        return commit, None if dirty is None else bool(dirty), "git"
+    told = os.environ.get("GRPO_FAST_COMMIT", "").strip()
+    if told:
+        return told, None, "GRPO_FAST_COMMIT"
+    with suppress(OSError):
+        return (REPO / "COMMIT").read_text().strip(), None, "the file COMMIT"
+    return None, None, "nothing: no git, no GRPO_FAST_COMMIT, no file COMMIT"
+
+
+def sources_digest() -> str:
+    """What the library's sources are, in twelve hexadecimal digits, wherever they come from."""
+    digest = hashlib.sha256()
+    for folder in SOURCES:
+        for path in sorted((REPO / folder).rglob("*")):
+            if path.suffix in (".py", ".h", ".cpp", ".cu"):
+                digest.update(f"{path.relative_to(REPO)}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
 def machine_facts() -> dict[str, Any]:
-    """CPU, threads, memory, versions, commit and whether tracked files differ from it; a GPU's name and driver."""
+    """CPU, threads, memory, versions, commit and whether tracked files differ from it; a GPU's name and driver.
+
+    Where there is no git, the commit is what GRPO_FAST_COMMIT or a file COMMIT says; `commit_from` says which.
+    """
     versions = {}
     for package in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     memory = _proc_value("/proc/meminfo", "MemTotal")
-    dirty = _output("git", "status", "--porcelain", "--untracked-files=no")
+    commit, dirty, commit_from = _commit()
     facts: dict[str, Any] = {
         "device": device_name(),
         "cpu": _cpu_model(),
@@ -70,8 +99,10 @@ def machine_facts() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
         "packages": versions,
-        "commit": _output("git", "rev-parse", "HEAD"),
-        "dirty": None if dirty is None else bool(dirty),
+        "commit": commit,
+        "dirty": dirty,
+        "commit_from": commit_from,
+        "sources": sources_digest(),
     }
     if torch.cuda.is_available():
         facts["gpu"] = torch.cuda.get_device_name()
@@ -83,7 +114,8 @@ def machine_facts() -> dict[str, Any]:
 def available_bytes() -> int | None:
     """Memory that is free for tensors on the measured device, or None where that is not known."""
     if torch.cuda.is_available():
-        return torch.cuda.mem_get_info()[0]
+        # Free on the card, or kept by the allocator and used by nobody.
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     return _proc_value("/proc/meminfo", "MemAvailable")
 
 
@@ -111,8 +143,8 @@ class PeakMemory:
     def start(self) -> None:
         gc.collect()
         if self.cuda:
+            # What the allocator keeps, it keeps: allocating anew would be timed with the call.
             torch.cuda.synchronize()
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         elif self.method:

@@ -81,7 +81,7 @@ def reference_loss(
         hidden: `[T, H]` with `cu_seqlens`, or `[B, L, H]`.
         targets: `[T]` or `[B, L]`; anything where masked.
         temperature: one a token; that of `config` if None.
-        options: `cu_seqlens`, the old, ref and sampling logprobs and `normalizer`, as in `reference_policy_loss`.
+        options: `cu_seqlens`, the old, ref and sampling logprobs and the normalizers, as in `reference_policy_loss`.
 
     Returns:
         `.loss` 0-dim; `.logprobs`, `.entropy` of the shape of `targets`, 0 where masked.
@@ -107,6 +107,7 @@ def reference_policy_loss(
     sampling_logprobs: Tensor | None = None,
     config: Any,
     normalizer: float | Tensor | None = None,
+    entropy_normalizer: float | Tensor | None = None,
 ) -> Tensor:
     """The loss of any objective from log-probabilities.
 
@@ -117,7 +118,7 @@ def reference_policy_loss(
         logprobs, entropy, old_logprobs, ref_logprobs, sampling_logprobs: `[T]` with `cu_seqlens`, or `[B, L]`. Only the
             bonus and the entropy mask need `entropy`; `old_logprobs` None means sg(logprobs).
         advantages: one a sequence (`[S]`), or one a token.
-        normalizer: replaces the aggregation's denominator.
+        normalizer: replaces the aggregation's denominator. entropy_normalizer: the number of tokens under the bonus.
 
     Returns:
         0-dim loss, differentiable in `logprobs` and `entropy`; a differentiable 0 where every token is masked.
@@ -147,7 +148,9 @@ def reference_policy_loss(
 
     loss = _aggregate(sums, lengths, config, normalizer) + zero
     if bonus:
-        loss = loss - config.entropy_coef * torch.cat(bonus).sum() / max(torch.cat(bonus).numel(), 1)
+        entropies = torch.cat(bonus)
+        count = max(entropies.numel(), 1) if entropy_normalizer is None else entropy_normalizer
+        loss = loss - config.entropy_coef * entropies.sum() / count
     return loss
 
 

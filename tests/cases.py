@@ -131,10 +131,10 @@ class Case:
 
 def _drifted(logprobs: Tensor, lengths: Tensor, generator: torch.Generator, *, sequence: float, token: float) -> Tensor:
     """Another policy's logprobs: a drift a sequence, one a token, and one token in ten thrice as far off."""
-    num_tokens = logprobs.numel()
-    drift = token * torch.randn(num_tokens, generator=generator, dtype=torch.float64)
-    drift *= torch.where(torch.rand(num_tokens, generator=generator) < 0.1, 3.0, 1.0)
-    shift = sequence * torch.randn(lengths.numel(), generator=generator, dtype=torch.float64)
+    num_tokens, wide = logprobs.numel(), {"dtype": torch.float64, "device": logprobs.device}
+    drift = token * torch.randn(num_tokens, generator=generator, **wide)
+    drift *= torch.where(torch.rand(num_tokens, generator=generator, device=logprobs.device) < 0.1, 3.0, 1.0)
+    shift = sequence * torch.randn(lengths.numel(), generator=generator, **wide)
     return (logprobs + drift + shift.repeat_interleave(lengths)).clamp(max=-1e-4)
 
 
@@ -157,7 +157,7 @@ def make_case(
     logit_std: float = 2.5,
     device: str | torch.device = "cpu",
 ) -> Case:
-    """A packed case of `len(lengths)` sequences, the same for the same arguments on every device.
+    """A packed case of `len(lengths)` sequences, made on its device; the same for the same arguments there.
 
     Logits have standard deviation `logit_std`, twice that on a third of the rows (confident tokens); targets are drawn
     from the distribution. The drift of old, ref and sampling logprobs puts a fair share of the tokens and sequences
@@ -171,15 +171,15 @@ def make_case(
         token_advantages: `[T]` advantages, which vary in sign within a sequence, instead of `[S]`.
         missing_sampling: share of the sampling logprobs that are NaN.
     """
-    gen = torch.Generator().manual_seed(seed)
-    sizes = torch.tensor(list(lengths), dtype=torch.int64)
+    gen = torch.Generator(device).manual_seed(seed)
+    sizes = torch.tensor(list(lengths), dtype=torch.int64, device=device)
     num_tokens, num_sequences = int(sizes.sum()), sizes.numel()
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=gen, dtype=torch.float64)
+        return torch.randn(*shape, generator=gen, dtype=torch.float64, device=device)
 
     def chosen(share: float, count: int) -> Tensor:
-        return torch.rand(count, generator=gen) < share
+        return torch.rand(count, generator=gen, device=device) < share
 
     sharpness = torch.where(chosen(1 / 3, num_tokens), 2.0, 1.0)[:, None] * logit_std * temperature / logit_scale
     hidden = (normal(num_tokens, hidden_size) * sharpness / hidden_size**0.5).to(dtype)
@@ -193,7 +193,7 @@ def make_case(
     log_probabilities = torch.log_softmax(logits / temperature, dim=-1)
     probabilities = log_probabilities.exp()
     # Inverse-CDF sampling: torch.multinomial refuses an empty batch.
-    draws = torch.rand(num_tokens, 1, generator=gen, dtype=torch.float64)
+    draws = torch.rand(num_tokens, 1, generator=gen, dtype=torch.float64, device=device)
     targets = (probabilities.cumsum(-1) < draws).sum(-1).clamp(max=vocab - 1)
     logprobs = log_probabilities.gather(-1, targets[:, None]).squeeze(-1)
     entropy = -(probabilities * log_probabilities).sum(-1)
@@ -210,7 +210,7 @@ def make_case(
         loss_mask[num_tokens - int(sizes[-1]) :] = False
 
     side = torch.float64 if dtype == torch.float64 else torch.float32
-    case = Case(
+    return Case(
         hidden=hidden,
         weight=weight,
         bias=bias_vector if bias else None,
@@ -226,7 +226,6 @@ def make_case(
         head=Head(logit_scale, softcap),
         temperature=temperature,
     )
-    return case.map(lambda v: v.to(device))
 
 
 def to_padded(values: Tensor, cu_seqlens: Tensor, *, fill: float = 0.0) -> Tensor:

@@ -427,6 +427,7 @@ def test_names_say_what_ran(record: dict[str, Any], tmp_path: Path) -> None:
 def test_competitors_run_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """Liger's default is to compile, and TRL's bf16 path is among those timed in every scenario."""
     built: list[dict[str, Any]] = []
+
     def remember(**options: Any) -> None:
         built.append(options)
         raise InterruptedError

@@ -1,4 +1,4 @@
-"""Runs tests/fake_cuda in a process with two made-up CUDA devices: the library that makes them up is loaded before torch."""
+"""Runs tests/fake_cuda in a process with two made-up CUDA devices: what makes them up is loaded before torch."""
 
 from __future__ import annotations
 

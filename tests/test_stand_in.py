@@ -218,7 +218,8 @@ def test_waits() -> None:
         (LossConfig(entropy_coef=0.1), {"ignore_index": None}, 0),
         (LossConfig(entropy_coef=0.1), {}, 1),  # to leave out what is ignored
         (LossConfig(entropy_coef=0.1), {"ignore_index": None, "loss_mask": case.loss_mask}, 1),
-        (LossConfig(importance_sampling_level="sequence"), {"plan": "resident"}, 2),  # and sequences' rows
+        (LossConfig(importance_sampling_level="sequence"), {"plan": "resident"}, 1),  # sequences' rows
+        (LossConfig(importance_sampling_level="sequence", entropy_coef=0.1), {"ignore_index": None}, 1),
     ):
         leaves = case.leaves()
         with stand_in(tile_rows=TILE) as device:
@@ -229,6 +230,18 @@ def test_waits() -> None:
             out.loss.backward()
         assert len(device.waits) <= waits, (config.loss_type, given, device.waits)
         assert needs_every_row(config) or couples_tokens(config, has_old=False) or len(device.waits) == 1
+
+
+def test_tokens_are_gathered_once_a_call() -> None:
+    """A12: not once a tile: the host of a small head has no time for it."""
+    case = make_case(7, (22, 21, 14), dtype=torch.bfloat16)
+    config = LossConfig(beta=0.1, importance_sampling_mode="token_truncate")
+    counts = []
+    for rows in (16, 64):
+        with stand_in(tile_rows=TILE) as device:
+            run(case, config, backend=BACKEND, workspace_bytes=workspace(97, torch.bfloat16, rows=rows))
+        counts.append(device.operators["index.Tensor"])
+    assert counts[0] == counts[1] > 0
 
 
 def test_ignored_targets() -> None:
@@ -338,7 +351,7 @@ def test_an_error_in_a_row_function_leaves_the_callers_stream_current(monkeypatc
 
 
 def test_passes_share_a_stream() -> None:
-    """B12: one second stream a thread and device, as each has memory of its own."""
+    """B12: one second stream a device, as each has memory of its own."""
     with stand_in() as device:
         first, second = RowStream(CPU, 2), RowStream(CPU, 2)
         assert first.stream is second.stream

@@ -170,7 +170,7 @@ def test_options_of_the_loss_that_cannot_run(updaters):
 
 
 def test_every_pack_has_the_runs_loss_config(updaters, monkeypatch):
-    """A backend keeps what it makes of a config: one a pack, as a coefficient weighted by a share is, would add up."""
+    """A backend keeps what it makes of a config: one a pack, as a coefficient by the pack's share is, adds up."""
     seen: list[LossConfig] = []
 
     def spy(*arguments, config, **options):

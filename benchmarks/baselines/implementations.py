@@ -87,8 +87,9 @@ def _entropy_mode(batch: Batch) -> torch.set_grad_enabled:
 # -- this library -----------------------------------------------------------------------------------------------------
 
 
-def own(batch: Batch, backend: str) -> Outcome:
-    head: dict[str, Any] = {"head": batch.head, "backend": backend}
+def own(batch: Batch, backend: str, **options: Any) -> Outcome:
+    """options: `plan`, `workspace_bytes`."""
+    head: dict[str, Any] = {"head": batch.head, "backend": backend, **options}
     if not batch.case.scenario.gradient:
         with torch.no_grad():
             scored = token_logprobs(batch.hidden, batch.weight, batch.targets, **head)

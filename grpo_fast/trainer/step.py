@@ -137,6 +137,7 @@ class Updater:
             config=self._config.loss,
             normalizer=self._normalizer(experience, completions),
             entropy_normalizer=self._entropy_normalizer(packs),
+            ignore_index=None,  # a pack's rows are completion tokens, all of them: nothing to wait for
             main_grad=self.weights.main_grad(head.weight),
             backend=self._config.backend,
             plan=self._config.plan,
@@ -224,6 +225,7 @@ class Updater:
                         policy.head(),
                         pack.targets,
                         config=self._config.loss,
+                        ignore_index=None,
                         entropy=False,
                         backend=self._config.backend,
                         workspace_bytes=self._config.workspace_bytes,

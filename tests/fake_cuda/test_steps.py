@@ -1,7 +1,7 @@
 """Every plan and storage once on fake CUDA tensors: devices, dtypes and shapes are a GPU's, values there are none.
 
-What would have to read a value back raises by itself (FakeTensorMode has none to give), and copies between host and device
-are counted. Kernels are not launched: the launcher and the extension are stand-ins that look at what they are given.
+What would have to read a value back raises by itself (FakeTensorMode has none to give), and copies between host and
+device are counted. Kernels are not launched: the launcher and the extension are stand-ins that look at what they get.
 """
 
 from __future__ import annotations

