@@ -13,6 +13,7 @@ from grpo_fast.trainer.errors import ConfigError
 from grpo_fast.trainer.loop import make_updater
 from grpo_fast.trainer.step import Updater
 from tests import tiny
+from tests.stand_in import stand_in
 from tests.tiny import configured
 
 PROMPTS, COMPLETIONS = (3, 6), (5, 1, 4, 7, 2, 6, 6, 3)  # four a prompt
@@ -232,3 +233,25 @@ def test_the_first_of_several_steps_has_ratio_one(updaters, temperature):
     for completions in (range(4), range(4, 8)):
         metrics = updater.gradients(data, completions)
         assert metrics["ratio/min"] == metrics["ratio/max"] == 1
+
+
+@pytest.mark.parametrize("loss", [{"loss_type": "dapo", "entropy_coef": 0.2}, {"loss_type": "grpo", "beta": 0.3}])
+def test_a_packs_step_never_makes_a_gpu_wait(updaters, monkeypatch, loss):
+    """On the stand-in GPU, in bfloat16 with float32 buffers: forward, loss and backward of every pack."""
+    updater = updaters(loss=loss, model__dtype="bfloat16", backend="torch", max_tokens_per_microbatch=20)
+    data = experience()
+    data.ref_logprobs = data.ref_logprobs if "beta" in loss else None
+    expected = updater.gradients(data, range(8))
+    wanted = [gradient.clone() for gradient in updater.weights.gradients()]
+    normalizer = updater._normalizer(data, range(8))  # counted in the experience, on a CPU
+    monkeypatch.setattr(updater, "_normalizer", lambda *arguments: normalizer)
+    packs = updater._packs(data, range(8))
+    assert len(packs) > 1
+    updater.weights.start_step()
+    with updater.policy.packing(), stand_in() as gpu:
+        parts = [updater._backward(data, pack, packs, range(8)) for pack in packs]
+    assert not gpu.waits
+    assert updater._merge(data, range(8), parts)["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    for mine, theirs in zip(updater.weights.gradients(), wanted, strict=True):
+        # bfloat16's own error is the limit: a GPU keeps the gradient of the logits in it.
+        assert float((mine - theirs).norm()) <= 3e-2 * float(theirs.norm()) + 1e-6
