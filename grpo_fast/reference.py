@@ -117,7 +117,7 @@ def reference_policy_loss(
     Args:
         logprobs, entropy, old_logprobs, ref_logprobs, sampling_logprobs: `[T]` with `cu_seqlens`, or `[B, L]`. Only the
             bonus and the entropy mask need `entropy`; `old_logprobs` None means sg(logprobs).
-        advantages: one a sequence (`[S]`), or one a token.
+        advantages: one a sequence (`[S]`), or one a token (`[1, T]` where T may be S).
         normalizer: replaces the aggregation's denominator. entropy_normalizer: the number of tokens under the bonus.
 
     Returns:
@@ -139,7 +139,7 @@ def reference_policy_loss(
         given = {"p": logprobs, "old": old_logprobs, "ref": ref_logprobs, "sampling": sampling_logprobs, "H": entropy}
         s = SimpleNamespace(**{name: None if v is None else v[row][active] for name, v in given.items()})
         per_token = advantages.dim() == 2 or advantages.numel() != len(rows)
-        s.A = advantages[row][active] if per_token else advantages[index].expand(s.p.shape)
+        s.A = advantages.reshape(logprobs.shape)[row][active] if per_token else advantages[index].expand(s.p.shape)
         s.keep = torch.ones_like(active[active]) if threshold is None else s.H.ge(threshold)
         sums.append(_terms(s, config).sum() if s.p.numel() else zero)
         lengths.append(s.p.numel())

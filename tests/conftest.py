@@ -21,7 +21,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--random-cases", type=int, default=None, metavar="N", help="how many, instead of CI's number")
     group.addoption("--random-seed", type=int, default=0, metavar="SEED", help="which ones")
     group.addoption("--random-case", type=int, action="append", default=[], metavar="NUMBER", help="this one alone")
-    group.addoption("--random-device", default="cpu", metavar="NAMES", help="cpu, stand-in (a GPU's branches), or both")
+    group.addoption("--random-device", default=None, metavar="NAMES", help="cpu, stand-in or both: what they run on")
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, dataclass, fields, replace
 from itertools import accumulate, pairwise
 from typing import Any
@@ -118,6 +118,16 @@ class Settings:
         return list(pairwise(accumulate(sizes, initial=0)))
 
     @property
+    def per_token(self) -> bool:
+        """Whether advantages are seen to be one a token: one of a sequence of one token is a sequence's."""
+        num_tokens, num_sequences = math.prod(self.shape), len(self.lengths)
+        if self.padded:
+            return self.advantages == "token" and self.width != 1
+        if self.advantages == "token":
+            return num_tokens != num_sequences
+        return self.advantages == "[1, T]" and not num_tokens == num_sequences == 1
+
+    @property
     def workspace_bytes(self) -> int:
         engine = get_backend(self.backend)
         row = engine.row_pitch(self.vocab) * max(4, self.dtype.itemsize)
@@ -131,17 +141,21 @@ class Draw(random.Random):
     def chance(self, share: float) -> bool:
         return self.random() < share
 
+    def one_of(self, choices: Sequence[str]) -> str:
+        """Any of them, by one number whatever their count: the rest of a case does not depend on it."""
+        return choices[int(self.random() * len(choices))]
+
     def pick(self, *choices: Any, usual: float = 0.0) -> Any:
         """One of the choices, the first with probability `usual`, else any."""
         return choices[0] if self.chance(usual) else self.choice(choices)
 
 
-def draw_settings(number: int, backends: tuple[str, ...], devices: tuple[str, ...] = ("cpu",)) -> Settings:
+def draw_settings(number: int, backends: tuple[str, ...], devices: Sequence[str] = ("cpu",)) -> Settings:
     """The settings of case `number`."""
     d = Draw(number)
     call = d.choices(("grpo_loss", "token_logprobs", "policy_loss"), (80, 12, 8))[0]
     config = draw_config(d)
-    backend, device = d.choice(backends), d.choice(devices)
+    backend, device = d.one_of(backends), d.one_of(devices)
     if device != "cpu" and backend == "cpu":  # GPUs do not have it
         backend = "torch"
     wide_share = (10, 55, 0, 35) if INTERPRETED else (60, 18, 11, 11)
@@ -153,7 +167,7 @@ def draw_settings(number: int, backends: tuple[str, ...], devices: tuple[str, ..
     if padding is not None and mask is None and not ignore:  # every position is a token
         lengths, padding = (max(lengths, default=0),) * len(lengths), 0
     bias, softcap, scale = d.chance(0.4), d.pick(None, 5.0, 20.0, usual=0.6), d.pick(1.0, 0.5, 2.0, -0.7, usual=0.5)
-    vocab = d.pick(1, 2, 7, 31, 64, 97, 128, 129, 200, 257, 300, 300)
+    vocab = d.pick(*((1, 2) if dtype == torch.float64 else ()), 7, 19, 31, 64, 97, 128, 129, 200, 257, 300, 300)
     can_forbid = bias and softcap is None and scale > 0 and vocab > 1
     settings = Settings(
         number=number,
@@ -201,6 +215,8 @@ def finish(d: Draw, settings: Settings) -> Settings:
     advantages = d.pick("[S]", "[S, 1]", "token", "token" if settings.padded else "[1, T]")
     if advantages == "token" and num_tokens == num_sequences and set(settings.lengths) != {1} and not settings.padded:
         advantages = "[1, T]"  # [T] would be ambiguous
+    if advantages == "[S]" and num_tokens == num_sequences and set(settings.lengths) != {1} and not settings.padded:
+        advantages = "[S, 1]"
     if advantages in ("token", "[1, T]"):  # where they belong to one sequence must be said
         settings = replace(settings, implicit_sequence=False)
     if settings.call == "token_logprobs":
@@ -223,10 +239,8 @@ def finish(d: Draw, settings: Settings) -> Settings:
     main_grad = settings.main_grad and "weight" in settings.grads
     if main_grad and settings.call == "grpo_loss":
         settings = replace(settings, upstream=1.0)
-    if settings.dtype == torch.float16 and (main_grad or settings.normalizer is not None):
-        # An unscaled gradient of 1e-6 is below float16; so is that of a bonus beside a policy term of 1e6.
-        normalizer = settings.normalizer if settings.normalizer != 1e6 or not main_grad else 37.5
-        settings = replace(settings, normalizer=normalizer)
+    if settings.dtype == torch.float16 and main_grad:  # the loss cannot be scaled: keep to what float16 can say
+        settings = replace(settings, normalizer=None, entropy_normalizer=None, drift=min(settings.drift, 0.3))
     settings = replace(settings, advantages=advantages, main_grad=main_grad)
     return replace(settings, plan=d.choice(legal_plans(settings)))
 
@@ -312,7 +326,8 @@ def legal_plans(settings: Settings) -> list[str]:
     plans = ["auto", "auto", "recompute", "lean"]
     if head:
         plans += ["frozen_head"] * 3
-    if settings.backend == "triton" and not settings.grads:
+    # Its kernel reads operands where they lie, rows of contiguous elements.
+    if settings.backend == "triton" and not settings.grads and ("weight", "transposed") not in settings.views:
         plans += ["fused_forward"] * 2
     if settings.call == "grpo_loss":
         if not coupled:
@@ -400,6 +415,15 @@ class Problem:
             return None
         return torch.tensor([0, *accumulate(s.lengths)])
 
+    @property
+    def oracle_advantages(self) -> Tensor:
+        """`[S]`, or one a token in two dimensions, which is read as that alone."""
+        return (
+            self.advantages[None]
+            if self.settings.advantages in ("token", "[1, T]") and not self.settings.padded
+            else self.advantages
+        )
+
     def token_logprobs_given(self) -> dict[str, Tensor | None]:
         """Old, ref and sampling logprobs, as the case has them."""
         s = self.settings
@@ -429,15 +453,14 @@ class Problem:
         def listed(values: Tensor | None) -> list[float] | None:
             return None if values is None else values.double().reshape(-1).tolist()
 
-        per_token = s.advantages in ("token", "[1, T]")
         each = listed(self.advantages) or []
-        if not per_token:
+        if s.advantages in ("[S]", "[S, 1]"):
             each = [a for a, (begin, end) in zip(each, s.bounds, strict=True) for _ in range(end - begin)]
         return TokenData(
             bounds=s.bounds,
             mask=self.mask.reshape(-1).tolist(),
             advantages=each,
-            token_advantages=per_token,
+            token_advantages=s.per_token,
             logprobs=listed(logprobs) or [],
             entropy=listed(entropy),
             old=listed(given["old_logprobs"]),

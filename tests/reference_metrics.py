@@ -181,10 +181,10 @@ def reference_metrics(data: TokenData, config: Any, loss: float) -> dict[str, fl
         out["sampling/sampling_logp_difference/max"] = max(gaps, default=0.0)
         if config.importance_sampling_mode is not None:
             weights = []
-            for tokens in sequences:
-                values = correction(data, config, difference, tokens)
+            for (begin, end), tokens in zip(data.bounds, sequences, strict=True):
+                values = correction(data, config, difference, [t for t in range(begin, end) if data.mask[t]])
                 if config.importance_sampling_mode.startswith("token"):
-                    weights += list(values.values())
+                    weights += [values[t] for t in tokens]
                 else:
                     weights.append(values[tokens[0]] if tokens else bounded(1.0, config))
             name = "sampling/importance_sampling_ratio"
