@@ -94,6 +94,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Part:
+    """A row of the table. `needs_device`: all of it runs in the device's environment."""
+
     name: str
     title: str
     needs_device: bool = True
@@ -107,7 +109,7 @@ PARTS = {
     part.name: part
     for part in (
         Part("build", "the extensions", needs_device=False),
-        Part("run", "does it run at all"),
+        Part("run", "does it run at all", needs_device=False),
         Part("floor", "the step against the library GEMMs"),
         Part("rows", "row kernels against copies of equal bytes"),
         Part("right", "pytest -m gpu", needs_device=False),
