@@ -302,6 +302,16 @@ def test_without_a_gpu_it_says_so() -> None:
         the_device(stand_in=False)
 
 
+def test_results_go_to_the_devices_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(command, "_run", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(summary, "write_summary", lambda out: str(out))
+    monkeypatch.setenv("PYTHONPATH", "")
+    monkeypatch.chdir(ROOT)
+    assert command.main(["--stand-in", "--tiny", "--part", "floor,rows"]) == 0
+    assert calls[0][1:] == (["floor", "rows"], ROOT / "benchmarks" / "results" / "stand-in")
+
+
 def test_make_calls_it() -> None:
     line = ["make", "-n", "gpu", "PART=floor", "BUDGET=540", "ARGS=--again", "GPU_PYTHON=py"]
     shown = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -511,6 +521,20 @@ def test_tiny_workspaces_make_several_chunks(tmp_path: Path) -> None:
 
 
 # -- what parts start -------------------------------------------------------------------------------------------------
+
+
+def test_what_a_part_starts_ends_with_its_time(tmp_path: Path) -> None:
+    """And what that started; it goes on next time, unless it had all the time that there is."""
+    script = f"sleep 60 & echo $! > {tmp_path / 'child'}; wait"
+    for seconds, error in ((0.5, Unfinished), (1.2, RuntimeError)):
+        context = Context(Quiet(), TINY, tmp_path, Clock.of(seconds))
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(error, match="was not done in"):
+            patch.setattr(parts, "PART_SECONDS", 1.3)
+            parts.start(context, ["sh", "-c", script])
+        child = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/stat")
+        assert not child.exists() or child.read_text().split()[2] == "Z"
+    context = Context(Quiet(), TINY, tmp_path, Clock.of(60))
+    assert parts.start(context, ["sh", "-c", "echo $A; exit 3"], variables={"A": "value"}) == (3, "value\n")
 
 
 def test_the_sanitized_program_runs() -> None:
