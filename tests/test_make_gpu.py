@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from benchmarks import machine
+from benchmarks.baselines import CONTENDERS
 from benchmarks.cases import SCENARIOS, Case, Model, make_batch
 from benchmarks.gpu import __main__ as command
 from benchmarks.gpu import parts, sanitized, summary, worker
@@ -710,13 +711,14 @@ def test_targets_are_judged(tmp_path: Path) -> None:
     part_file(tmp_path, "floor", {"Qwen3-8B-triton": floor_result(0.93), "other-triton": floor_result(0.86, 2048)})
     contenders = [
         {"name": name, "status": "timed", "median": seconds}
-        for name, seconds in (("grpo-fast", 1.0), ("TRL chunked", 1.2), ("Liger fused", 7.0))
+        for name, seconds in (("grpo-fast", 1.0), ("TRL chunked", 1.2), ("Liger fused (compiled)", 7.0))
     ]
     record = {"case": {"name": "Qwen3-8B-T16384-full"}, "contenders": contenders, "failures": {}}
     part_file(tmp_path, "scenarios", {"full": record})
     peaks = {"lean at 1 GiB": {"peak_bytes": 11, "bound_bytes": 10, "within": False}}
     part_file(tmp_path, "memory", {"Qwen3-8B-triton": {"peaks": peaks, "failures": {}}})
     part_file(tmp_path, "right", {"tests": {"passed": 9, "failed": 0, "skipped": 2, "failures": {}, "skips": {}}})
+    assert summary.PEER_TARGETS.keys() <= CONTENDERS.keys()
     text = summary.write_summary(tmp_path)
     assert "NVIDIA H100, driver 580, torch 2.11, triton 3.6\ncommit 0123456789ab (from git), sources abc" in text
     assert "Qwen3-8B 790/781/760" in text
