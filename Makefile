@@ -55,10 +55,11 @@ test: venv
 # The two ends of what is supported, each in an environment of its own: constraints-oldest.txt holds the lower bounds of
 # pyproject.toml, constraints-newest.txt the newest torch and triton that were tried. What depends on their versions: every
 # loss on every backend against float64, compiled callers, models and the trainer, kernels under Triton's interpreter.
-CORE := loss edges clamp reference rows cpu_backend triton_backend head attention doctor advantages config step trainer \
-	checkpoint rollout resume logging
+CORE := loss edges inputs numerics stand_in clamp reference rows cpu_backend triton_backend head attention doctor advantages \
+	config step trainer checkpoint rollout resume logging
 CORE := $(CORE:%=tests/test_%.py) $(wildcard tests/test_random.py) tests/test_csrc.py::test_objective_is_autograds
-CORE_INTERPRETED := tests/interpreted/test_losses.py tests/interpreted/test_rows.py
+CORE_INTERPRETED := $(patsubst %,tests/interpreted/test_%.py,losses rows stand_in) \
+	--deselect tests/interpreted/test_losses.py::test_memory
 
 # The first of these Pythons that is there (PYENV_VERSION: where pyenv has several, a name alone finds none), or $(PYTHON).
 first_python = $(or $(firstword $(foreach v,$1,$(shell PYENV_VERSION=$v python$v -c 'import sys; print(sys.executable)' \
@@ -75,7 +76,7 @@ PYTHON_newest ?= $(call first_python,3.11)
 
 test-oldest test-newest: test-%: .venv-%/.stamp
 	OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n logical $(CORE) $(PYTEST_ARGS)
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n logical $(CORE_INTERPRETED)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 .venv-$*/bin/python -m pytest -n logical $(CORE_INTERPRETED) $(PYTEST_ARGS)
 
 # All threads, and nothing else on the machine. More: pytest benchmarks/test_loss.py, benchmarks/test_growth.py.
 bench: $(VENV)/.stamp-bench

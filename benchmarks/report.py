@@ -2,6 +2,9 @@
 
 Writes report.md, time_vs_floor.png and, where growth was measured, growth.png. The records are those of `measure.py`.
 Needs matplotlib for the charts, and nothing else of this repository.
+
+Every time stands beside that of the GEMMs that the cheapest plan must do, run by torch. On a GPU these are the floor:
+everyone multiplies by the same library. On a CPU they are a reference: better products beat them.
 """
 
 from __future__ import annotations
@@ -9,13 +12,18 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
-HEADERS = ("contender", "median ms", "min to max", "n", "x floor", "TFLOP/s", "peak MiB", "logprob err", "gradient err")
 OWN = "grpo-fast"
+# What records say that are older than a contender's full name.
+FULL_NAMES = {
+    "cut-cross-entropy": "cut-cross-entropy (torch.compile)",
+    "Liger fused": "Liger fused (not compiled)",
+    "Liger fused (one chunk)": "Liger fused (one chunk, not compiled)",
+}
 COLOURS = (
     *("#1b7837", "#7fbf7b", "#4d4d4d", "#b2182b", "#f4a582", "#d6604d", "#2166ac", "#92c5de", "#053061", "#e08214"),
     *("#762a83", "#35978f", "#c51b7d", "#8c510a"),
@@ -34,13 +42,35 @@ def load(paths: Sequence[Path]) -> list[Record]:
         for bench in json.loads(path.read_text())["benchmarks"]:
             record = bench["extra_info"]
             if record.get("schema") == 1:
-                records[record["case"]["name"], record.get("growth")] = record
+                records[record["case"]["name"], record.get("growth")] = _with_full_names(record)
     if not records:
         raise ValueError(f"paths: expected records of benchmarks/measure.py in {', '.join(map(str, paths))}; got none")
     machines = {machine_line(record) for record in records.values()}
     if len(machines) > 1:
         raise ValueError(f"paths: expected records of one machine and version; got {' / '.join(sorted(machines))}")
     return list(records.values())
+
+
+def _with_full_names(record: Record) -> Record:
+    """The record with names that say what was run: cut-cross-entropy's own kernels need a GPU, for example."""
+    names = {c["name"] for c in record["contenders"]}
+    for contender in record["contenders"]:
+        full = FULL_NAMES.get(contender["name"])
+        on_gpu = record["machine"]["device"] == "cuda" and contender["name"] == "cut-cross-entropy"
+        if full is not None and full not in names and not on_gpu:
+            contender["name"] = full
+    return record
+
+
+def yardstick(record: Record) -> str:
+    """What the library GEMMs of a record are called: nobody can beat a floor."""
+    return "floor" if record["machine"]["device"] == "cuda" else "reference"
+
+
+def spread(record: Record, contender: Record) -> str:
+    """A contender's time over that of the GEMMs: of its median, from that of its fastest run to that of its slowest."""
+    floor = record["floor"]["median"]
+    return f"{contender['median'] / floor:.2f} ({contender['min'] / floor:.2f} to {contender['max'] / floor:.2f})"
 
 
 def machine_line(record: Record) -> str:
@@ -61,13 +91,18 @@ def _milliseconds(seconds: float) -> str:
     return f"{seconds * 1000:.{0 if seconds >= 0.1 else 2}f}"
 
 
+def headers(record: Record) -> tuple[str, ...]:
+    ratio = f"x {yardstick(record)}"
+    return ("contender", "median ms", "min to max", "n", ratio, "TFLOP/s", "peak MiB", "logprob err", "gradient err")
+
+
 def rows(record: Record) -> list[tuple[str, ...]]:
-    """The table of a case: the floor, then who was timed from fast to slow, then who failed."""
+    """The table of a case: the GEMMs, then who was timed from fast to slow, then who failed."""
     floor = record["floor"]
     gemms = floor["gemms"]
     table = [
         (
-            f"GEMM floor ({' + '.join(gemms)})",
+            f"{yardstick(record)} GEMMs ({' + '.join(gemms)})",
             _milliseconds(floor["median"]),
             f"{_milliseconds(sum(g['min'] for g in gemms.values()))} to "
             f"{_milliseconds(sum(g['max'] for g in gemms.values()))}",
@@ -116,8 +151,8 @@ def reasons(record: Record) -> list[str]:
 
 def text_table(record: Record) -> str:
     """The table for a terminal."""
-    table = [HEADERS, *rows(record)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(HEADERS))]
+    table = [headers(record), *rows(record)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
     lines = [heading(record)]
     for row in table:
         cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
@@ -135,33 +170,63 @@ def heading(record: Record) -> str:
 
 
 def summary(records: Sequence[Record]) -> list[str]:
-    """A row a case: this library against the floor, the fastest competitor and its own full step."""
+    """A row a case: this library against the GEMMs, the fastest competitors and its own full step.
+
+    A competitor without entropies does less, so the fastest that has them stands beside the fastest of all. Where only
+    some were timed, a + says that others, not timed there, were faster at the same head's full step.
+    """
     full = {r["case"]["model"]: r for r in records if r["case"]["scenario"] == "full" and "growth" not in r}
     lines = [
-        f"| case | {OWN} ms | x floor | peak MiB less gradients | fastest competitor | times slower | of full step |",
-        "|---|---:|---:|---:|---|---:|---:|",
+        f"| case | {OWN} ms | x {yardstick(records[0])} (min to max) | peak MiB less gradients "
+        "| fastest competitor with entropies | times slower | fastest of all | times slower | of full step |",
+        "|---|---:|---:|---:|---|---:|---|---:|---:|",
     ]
+    untimed: dict[str, None] = {}
     for record in records:
         case, timed = record["case"], {c["name"]: c for c in _timed(record)}
         if OWN not in timed or "growth" in record:
             continue
         own = timed[OWN]
         peak = "" if own["peak_bytes"] is None else f"{(own['peak_bytes'] - case['gradient_bytes']) / 2**20:.0f}"
-        rival = min((c for c in timed.values() if c["package"] != OWN), key=lambda c: c["median"], default=None)
-        name, slower = (_starred(rival), f"{rival['median'] / own['median']:.2f}") if rival else ("", "")
         dense = {c["name"]: c for c in _timed(full[case["model"]])} if case["model"] in full else {}
+        rivals = []
+        for candidates in (_rivals(timed.values(), entropy=True), _rivals(timed.values())):
+            fastest = min(candidates, key=lambda c: c["median"], default=None)
+            if fastest is None:
+                rivals += ["", ""]
+                continue
+            beaten_by = _faster(fastest["name"], dense, timed)
+            untimed |= dict.fromkeys(beaten_by)
+            rivals += [_starred(fastest) + " +" * bool(beaten_by), f"{fastest['median'] / own['median']:.2f}"]
         share = f"{own['median'] / dense[OWN]['median']:.2f}" if OWN in dense else ""
         title = f"{case['model']}, T {case['tokens']}, {case['title']}"
-        cells = (title, _milliseconds(own["median"]), f"{own['floor_ratio']:.2f}", peak, name, slower, share)
+        cells = (title, _milliseconds(own["median"]), spread(record, own), peak, *rivals, share)
         lines.append(f"| {' | '.join(cells)} |")
+    if untimed:
+        lines += ["", f"+: faster at the same head's full step, and not timed here: {', '.join(untimed)}."]
     return lines if len(lines) > 2 else []
+
+
+def _rivals(timed: Iterable[Record], *, entropy: bool = False) -> list[Record]:
+    """Those of other packages, all or with entropies only."""
+    return [c for c in timed if c["package"] != OWN and (c["entropy"] or not entropy)]
+
+
+def _faster(name: str, full: Mapping[str, Record], timed: Mapping[str, Record]) -> list[str]:
+    """Who has entropies, was not timed in a case, and was faster than `name` at the full step."""
+    if name not in full:
+        return []
+    others = [c for c in _rivals(full.values(), entropy=True) if c["name"] not in timed]
+    return [c["name"] for c in others if c["median"] < full[name]["median"]]
 
 
 def markdown(records: Sequence[Record]) -> str:
     """The report: machine, how to read it, and a table a case."""
     first = records[0]
     commit, dirty = first["machine"]["commit"], first["machine"]["dirty"]
-    versions = ", ".join(f"{name} {version}" for name, version in first["machine"]["packages"].items())
+    name = yardstick(first)
+    beatable = "" if name == "floor" else "; a reference and no floor: faster products than torch's go below 1"
+    versions = ", ".join(f"{package} {version}" for package, version in first["machine"]["packages"].items())
     lines = [
         "# Benchmarks",
         "",
@@ -169,8 +234,9 @@ def markdown(records: Sequence[Record]) -> str:
         "",
         "bfloat16. Medians of n interleaved runs after a warm-up; those under 3 s each follow an untimed one (n+: a "
         "run above 20 s counts from the first). "
-        "x floor: time over the sum of the medians of the library GEMMs that the cheapest plan must do, measured in "
-        "the same rounds. TFLOP/s counts that plan's FLOPs, whatever a contender really did. Peak: memory beyond the "
+        f"x {name}: time over the sum of the medians of the GEMMs that the cheapest plan must do, by torch (bf16 in "
+        f"and out, into ready memory), measured in the same rounds{beatable}. TFLOP/s counts that plan's FLOPs, "
+        "whatever a contender really did. Peak: memory beyond the "
         f"inputs, gradients included ({first['memory_method'] or 'not measurable here'}). Errors against float64: "
         "log-probabilities in nats (RMS), the worse of the two gradients (relative RMS). *: computes no entropy, so it "
         "does less than the others.",
@@ -183,8 +249,8 @@ def markdown(records: Sequence[Record]) -> str:
             "",
             f"## {heading(record)}",
             "",
-            f"| {' | '.join(HEADERS)} |",
-            "|---" + "|---:" * (len(HEADERS) - 1) + "|",
+            f"| {' | '.join(headers(record))} |",
+            "|---" + "|---:" * (len(headers(record)) - 1) + "|",
         ]
         lines += [f"| {' | '.join(row)} |" for row in rows(record)]
         if record["machine"]["device"] == "cuda":
@@ -203,12 +269,13 @@ def _colours(records: Sequence[Record]) -> dict[str, str]:
 
 
 def plot_time_vs_floor(records: list[Record], path: Path, colours: dict[str, str]) -> None:
-    """One panel a case: each contender's time over the GEMM floor, logarithmic."""
+    """One panel a case: each contender's time over that of the GEMMs, logarithmic."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    name = f"{yardstick(records[0])} GEMMs"
     records = sorted(records, key=lambda record: -len(_timed(record)))  # panels of one height side by side
     columns = 1 if len(records) == 1 else 2
     lines = [records[i : i + columns] for i in range(0, len(records), columns)]
@@ -241,10 +308,10 @@ def plot_time_vs_floor(records: list[Record], path: Path, colours: dict[str, str
         axes.set_xlim(0.5, longest * 4)
         _plain_log_ticks(axes.xaxis)
         axes.tick_params(axis="x", labelsize=8)
-        axes.set_title(f"{heading(record)}\nfloor {_milliseconds(floor)} ms", fontsize=9)
+        axes.set_title(f"{heading(record)}\n{name} {_milliseconds(floor)} ms", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[-1]:
-        axes.set_xlabel("time / GEMM floor of the same run (log scale; lines: min to max; *: no entropy)", fontsize=8)
+        axes.set_xlabel(f"time / {name} of the same run (log scale; lines: min to max; *: no entropy)", fontsize=8)
     figure.suptitle(machine_line(records[0]), fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
@@ -296,7 +363,13 @@ def plot_growth(records: Sequence[Record], path: Path, colours: dict[str, str]) 
         own = [r for r in records if r.get("growth") == axis]
         if kind == "time" and own:
             floor = sorted((x, r["floor"]["median"]) for points in series.values() for x, _, r in points)
-            axes.plot(*zip(*floor, strict=True), color="black", linestyle="--", linewidth=1, label="GEMM floor")
+            axes.plot(
+                *zip(*floor, strict=True),
+                color="black",
+                linestyle="--",
+                linewidth=1,
+                label=f"{yardstick(own[0])} GEMMs",
+            )
         _label(axes, axis, kind, own)
     labelled: dict[str, Any] = {}
     for axes, _, _ in panels:

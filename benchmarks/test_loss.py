@@ -2,8 +2,8 @@
 
     pytest benchmarks/test_loss.py -k "SmolLM2 and full" -s --benchmark-json=results/out.json
 
-On a CPU the full step is measured with every contender, the other scenarios with this library and TRL's faster path; on
-a GPU everything with everyone. `-m quick` is the selection of `make bench`.
+On a CPU the full step is measured with every contender, the other scenarios with this library and TRL's two faster
+paths; on a GPU everything with everyone. `-m quick` is the selection of `make bench`.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
+from benchmarks.baselines import FEW
 from benchmarks.cases import Case, is_quick, loss_cases
 from benchmarks.machine import device_name
 from benchmarks.measure import run_case
 
 DEVICE = device_name()
-FEW = ("grpo-fast", "TRL eager")
 CASES = [
     pytest.param(case, id=case.name, marks=[pytest.mark.quick] if is_quick(case) else []) for case in loss_cases(DEVICE)
 ]

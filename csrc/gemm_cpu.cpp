@@ -5,7 +5,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <exception>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "vector_math.h"
@@ -28,13 +29,24 @@ constexpr const char* kBrgemmFloat16 = "_ZN2at6native7cpublas6brgemmEllllllbPKN3
 constexpr const char* kRelease = "_ZN2at6native7cpublas14brgemm_releaseEb";
 
 struct Library {
-  Brgemm multiply = nullptr;
-  Release release = nullptr;
+  Brgemm brgemm = nullptr;
+  Release brgemm_release = nullptr;
+  bool paired = true;  // B as pairs of rows; else as it is
   const char* obstacle = nullptr;
+
+  // C [M, N] (+)= A [M, K] B [K, N], B packed by pack_rows or pack_transposed.
+  void multiply(int64_t m, int64_t n, int64_t k, int64_t ld_a, int64_t ld_c, bool add, const uint16_t* a,
+                const uint16_t* b, float* c) const {
+    brgemm(m, n, k, ld_a, n, ld_c, add, a, b, c, paired);
+  }
+  void release() const { brgemm_release(paired); }
 };
 
 bool has_narrow_instructions(DType dtype) {
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(GRPO_FAST_STAND_IN_LIBRARY)  // tests multiply in plain C++
+  (void)dtype;
+  return true;
+#elif defined(__x86_64__) && defined(__GNUC__)
   __builtin_cpu_init();
   // Without them the library computes in emulation, slower than float32.
   return dtype == DType::kBFloat16 ? __builtin_cpu_supports("avx512bf16") : __builtin_cpu_supports("avx512fp16");
@@ -58,10 +70,10 @@ bool multiplies_right(const Library& library, DType dtype) {
     for (int64_t p = 0; p < k; ++p) a[i * k + p] = rounded(a_value(i, p));
   }
   for (int64_t p = 0; p < k; ++p) {
-    for (int64_t j = 0; j < n; ++j) b[(p / 2 * n + j) * 2 + p % 2] = rounded(b_value(p, j));
+    for (int64_t j = 0; j < n; ++j) b[library.paired ? (p / 2 * n + j) * 2 + p % 2 : p * n + j] = rounded(b_value(p, j));
   }
-  library.multiply(m, n, k, k, n, n, true, a.data(), b.data(), c.data(), true);
-  library.release(true);
+  library.multiply(m, n, k, k, n, true, a.data(), b.data(), c.data());
+  library.release();
   for (int64_t i = 0; i < m; ++i) {
     for (int64_t j = 0; j < n; ++j) {
       int64_t expected = 1;
@@ -84,17 +96,25 @@ Library look_up(DType dtype) {
     library.obstacle = "libtorch_cpu.so is not loaded";
     return library;
   }
-  library.multiply =
+  library.brgemm =
       reinterpret_cast<Brgemm>(dlsym(torch, dtype == DType::kBFloat16 ? kBrgemmBFloat16 : kBrgemmFloat16));
-  library.release = reinterpret_cast<Release>(dlsym(torch, kRelease));
-  if (!library.multiply || !library.release) {
+  library.brgemm_release = reinterpret_cast<Release>(dlsym(torch, kRelease));
+  if (!library.brgemm || !library.brgemm_release) {
     library.obstacle = "this torch's CPU library exports no brgemm";
     return library;
   }
-  try {
-    if (!multiplies_right(library, dtype)) library.obstacle = "the brgemm of this torch's CPU library computes something else";
-  } catch (const std::exception&) {
-    library.obstacle = "the brgemm of this torch's CPU library does not run on this CPU";
+  // With AVX-512 FP16 and no AMX the library reads pairs of fp16 as something else, and B as it is rightly.
+  for (const bool paired : {true, false}) {
+    library.paired = paired;
+    try {
+      if (multiplies_right(library, dtype)) {
+        library.obstacle = nullptr;
+        return library;
+      }
+      library.obstacle = "the brgemm of this torch's CPU library computes something else";
+    } catch (const std::exception&) {
+      library.obstacle = "the brgemm of this torch's CPU library does not run on this CPU";
+    }
   }
   return library;
 }
@@ -185,7 +205,7 @@ void pack_transposed_pairs(const uint16_t* bt, int64_t stride, int64_t k, int64_
   }
 }
 
-// a [R, C], rows `stride` apart -> at [C, ld], transposed; columns R.. of an odd R hold one zero.
+// a [R, C], rows `stride` apart -> at [C, ld], transposed.
 void transpose(const uint16_t* a, int64_t stride, int64_t rows, int64_t columns, uint16_t* at, int64_t ld) {
   int64_t r = 0;
 #if defined(__SSE2__)
@@ -224,9 +244,21 @@ void transpose(const uint16_t* a, int64_t stride, int64_t rows, int64_t columns,
   for (; r < rows; ++r) {
     for (int64_t c = 0; c < columns; ++c) at[c * ld + r] = a[r * stride + c];
   }
-  if (rows % 2) {
-    for (int64_t c = 0; c < columns; ++c) at[c * ld + rows] = 0;
-  }
+}
+
+// B [K, N], rows `stride` apart, as the library takes it: K rounded up to even, the last row zero then.
+void pack_rows(const Library& library, const uint16_t* b, int64_t stride, int64_t k, int64_t n, uint16_t* packed) {
+  if (library.paired) return pack_row_pairs(b, stride, k, n, packed);
+  const size_t bytes = static_cast<size_t>(n) * sizeof(uint16_t);
+  for (int64_t p = 0; p < k; ++p) std::memcpy(packed + p * n, b + p * stride, bytes);
+  if (k % 2) std::memset(packed + k * n, 0, bytes);
+}
+
+// The same from B^T [N, K], K even.
+void pack_transposed(const Library& library, const uint16_t* bt, int64_t stride, int64_t k, int64_t n,
+                     uint16_t* packed) {
+  if (library.paired) return pack_transposed_pairs(bt, stride, k, n, packed);
+  transpose(bt, stride, n, k, packed, n);
 }
 
 uint16_t* scratch_of(void* scratch, int thread) {
@@ -257,12 +289,16 @@ constexpr int64_t kRowBlock = 64;
 
 const char* gemm_obstacle(DType dtype) { return library_for(dtype).obstacle; }
 
+// Of H that are packed at once: 16 columns of them fill the scratch. Fixed, as a sum is rounded where a block ends.
+constexpr int64_t kLogitsDepth = kScratchElements / 16;
+static_assert(kLogitsDepth % 2 == 0);
+
 // Threads take ranges of the vocabulary. A group of 64-column panels of weight^T is packed (half the second-level
 // cache) and meets all rows, a block of rows at a time.
 void gemm_logits(DType dtype, const uint16_t* hidden, const uint16_t* weight, float* out, int64_t rows, int64_t width,
                  int64_t vocab, int64_t out_stride, void* scratch, int threads) {
   const Library& library = library_for(dtype);
-  const int64_t depth = width / 2 * 2;
+  const int64_t even_width = width / 2 * 2, depth = std::min(even_width, kLogitsDepth);
   const int64_t fits = kScratchElements / std::max<int64_t>(depth, 1);  // columns that the scratch holds
   const int64_t panel = std::clamp<int64_t>(fits / 16 * 16, 16, 64);
   const int64_t group = std::max(panel, std::min<int64_t>(256, fits / 2) / panel * panel);
@@ -272,32 +308,31 @@ void gemm_logits(DType dtype, const uint16_t* hidden, const uint16_t* weight, fl
     uint16_t* packed = scratch_of(scratch, omp_get_thread_num());
     for (int64_t begin = mine.begin; begin < mine.end; begin += group) {
       const int64_t end = std::min(begin + group, mine.end);
-      for (int64_t column = begin; column < end; column += panel) {
-        const int64_t n = std::min(panel, end - column);
-        pack_transposed_pairs(weight + column * width, width, depth, n, packed + (column - begin) * depth);
-      }
-      for (int64_t row = 0; row < rows; row += kRowBlock) {
-        const int64_t m = std::min(kRowBlock, rows - row);
+      for (int64_t from = 0; from < even_width; from += depth) {
+        const int64_t k = std::min(depth, even_width - from);
         for (int64_t column = begin; column < end; column += panel) {
           const int64_t n = std::min(panel, end - column);
-          float* tile = out + row * out_stride + column;
-          if (depth > 0) {
-            library.multiply(m, n, depth, width, n, out_stride, false, hidden + row * width,
-                             packed + (column - begin) * depth, tile, true);
-          }
-          if (depth < width) {  // the kernel takes pairs
-            for (int64_t i = 0; i < m; ++i) {
-              const float factor = widen(dtype, hidden[(row + i) * width + depth]);
-              for (int64_t j = 0; j < n; ++j) {
-                const float product = factor * widen(dtype, weight[(column + j) * width + depth]);
-                tile[i * out_stride + j] = depth > 0 ? tile[i * out_stride + j] + product : product;
-              }
-            }
+          pack_transposed(library, weight + column * width + from, width, k, n, packed + (column - begin) * depth);
+        }
+        for (int64_t row = 0; row < rows; row += kRowBlock) {
+          for (int64_t column = begin; column < end; column += panel) {
+            library.multiply(std::min(kRowBlock, rows - row), std::min(panel, end - column), k, width, out_stride,
+                             from > 0, hidden + row * width + from, packed + (column - begin) * depth,
+                             out + row * out_stride + column);
           }
         }
       }
+      if (even_width == width) continue;
+      for (int64_t row = 0; row < rows; ++row) {  // the kernel takes pairs
+        const float factor = widen(dtype, hidden[row * width + even_width]);
+        for (int64_t column = begin; column < end; ++column) {
+          const float product = factor * widen(dtype, weight[column * width + even_width]);
+          float& logit = out[row * out_stride + column];
+          logit = even_width > 0 ? logit + product : product;
+        }
+      }
     }
-    library.release(true);
+    library.release();
   }
 }
 
@@ -320,10 +355,10 @@ void gemm_grad_hidden(DType dtype, const uint16_t* dx, const uint16_t* weight, f
       const int64_t n = std::min(kPackedColumns, columns.end - left);
       for (int64_t begin = 0; begin < even_vocab; begin += kPackedDepth) {
         const int64_t k = std::min(kPackedDepth, even_vocab - begin);
-        pack_row_pairs(weight + begin * width + left, width, k, n, packed);
+        pack_rows(library, weight + begin * width + left, width, k, n, packed);
         for (int64_t row = lines.begin; row < lines.end; row += kRowBlock) {
-          library.multiply(std::min(kRowBlock, lines.end - row), n, k, dx_stride, n, width, true,
-                           dx + row * dx_stride + begin, packed, out + row * width + left, true);
+          library.multiply(std::min(kRowBlock, lines.end - row), n, k, dx_stride, width, true,
+                           dx + row * dx_stride + begin, packed, out + row * width + left);
         }
       }
       if (vocab % 2) {  // the kernel takes pairs
@@ -334,7 +369,7 @@ void gemm_grad_hidden(DType dtype, const uint16_t* dx, const uint16_t* weight, f
         }
       }
     }
-    library.release(true);
+    library.release();
   }
 }
 
@@ -357,6 +392,7 @@ void gemm_grad_weight(DType dtype, const uint16_t* dx, const uint16_t* hidden, c
   const int64_t even_rows = (rows + 1) / 2 * 2;
   const int64_t line_bytes = kTransposedStride * 2 + (narrow_out ? width * 4 : 0);  // scratch for one row of the result
   const int64_t fits = static_cast<int64_t>(kGemmScratchPerThread) / line_bytes;
+  if (fits < 1) throw std::invalid_argument("width: expected at most 261616; got " + std::to_string(width));
   const int64_t block = fits < 16 ? std::max<int64_t>(1, fits) : std::min(kVocabBlock, fits / 16 * 16);
 #pragma omp parallel num_threads(threads)
   {
@@ -364,7 +400,7 @@ void gemm_grad_weight(DType dtype, const uint16_t* dx, const uint16_t* hidden, c
     for (int64_t row = 0; row < rows; row += 64) {
       for (int64_t left = 0; left < width; left += kWidthBlock) {
         const int64_t k = std::min<int64_t>(64, rows - row), n = std::min(kWidthBlock, width - left);
-        pack_row_pairs(hidden + row * width + left, width, k, n, b + left * even_rows + row * n);
+        pack_rows(library, hidden + row * width + left, width, k, n, b + left * even_rows + row * n);
       }
     }
     const Range mine = share(vocab, block, omp_get_num_threads(), omp_get_thread_num());
@@ -378,15 +414,16 @@ void gemm_grad_weight(DType dtype, const uint16_t* dx, const uint16_t* hidden, c
       for (int64_t first = 0; first < rows; first += kDepth) {
         const int64_t k = std::min(kDepth, rows - first), even = (k + 1) / 2 * 2;
         transpose(dx + first * dx_stride + begin, dx_stride, k, m, at, kTransposedStride);
+        for (int64_t line = 0; line < m && k < even; ++line) at[line * kTransposedStride + k] = 0;
         for (int64_t left = 0; left < width; left += kWidthBlock) {
           const int64_t n = std::min(kWidthBlock, width - left);
-          library.multiply(m, n, even, kTransposedStride, n, width, base || first > 0, at, b + left * even_rows + first * n,
-                           c + left, true);
+          library.multiply(m, n, even, kTransposedStride, width, base || first > 0, at, b + left * even_rows + first * n,
+                           c + left);
         }
       }
       if (narrow_out) narrow(dtype, tile, m * width, static_cast<uint16_t*>(out) + begin * width);
     }
-    library.release(true);
+    library.release();
   }
 }
 

@@ -7,7 +7,7 @@
 // 690 to 830, and the cblas_gemm_bf16bf16f32 that the library also exports at 163.
 //
 // Legend: R rows, H hidden size, V vocabulary. Narrow values are 16 bits wide, bf16 or fp16 alike.
-// Packed operand ("VNNI"): rows k and k+1 of B interleaved, [K/2, N, 2].
+// Packed operand ("VNNI"): rows k and k+1 of B interleaved, [K/2, N, 2]; B as it is where the library reads only that.
 // All results are independent of the number of threads; a row of logits does not depend on the other rows.
 #pragma once
 

@@ -17,8 +17,9 @@
 //     importance: 1; a given weight; or e^(o - mu) held fixed, truncated to [min, max] or zeroed outside.
 //
 // The twin of grpo_fast/objectives.py for objectives whose tokens do not see each other: weights, masks and sums over
-// tokens are the caller's. Derivatives are those autograd takes: at a tie min gives half to each side, a clamp passes
-// its gradient on its bounds, and every path to p ends in a product with w, so that 0 * inf is NaN here as it is there.
+// tokens are the caller's. The conventions are that file's, not some version of torch's (2.14 changed clamp's): a clamp
+// has slope 1 inside and on its bounds, 0 outside; at a tie min gives half to each side; every path to p ends in a product
+// with w, so that 0 * inf is NaN here as it is there.
 
 #pragma once
 

@@ -165,6 +165,8 @@ def collect_metrics(
     finite = torch.stack([n.isfinite() for n in numbers]).all(0)
     if tokens.sampling_logprobs is not None:
         finite &= ~tokens.sampling_logprobs.isinf()  # NaN: not known
+    if config.importance_sampling_level == "sequence":  # one ratio: what spoils a token's gradient in it spoils all
+        finite &= segments.spread(segments.sum(computed & ~finite) == 0)
     values: dict[str, Tensor] = {
         "tokens": loss_mask.sum(),
         "sequences": lengths.new_full((), segments.num_sequences),

@@ -81,7 +81,7 @@ def reference_loss(
         hidden: `[T, H]` with `cu_seqlens`, or `[B, L, H]`.
         targets: `[T]` or `[B, L]`; anything where masked.
         temperature: one a token; that of `config` if None.
-        options: `cu_seqlens`, the old, ref and sampling logprobs and `normalizer`, as in `reference_policy_loss`.
+        options: `cu_seqlens`, the old, ref and sampling logprobs and the normalizers, as in `reference_policy_loss`.
 
     Returns:
         `.loss` 0-dim; `.logprobs`, `.entropy` of the shape of `targets`, 0 where masked.
@@ -107,6 +107,7 @@ def reference_policy_loss(
     sampling_logprobs: Tensor | None = None,
     config: Any,
     normalizer: float | Tensor | None = None,
+    entropy_normalizer: float | Tensor | None = None,
 ) -> Tensor:
     """The loss of any objective from log-probabilities.
 
@@ -116,8 +117,8 @@ def reference_policy_loss(
     Args:
         logprobs, entropy, old_logprobs, ref_logprobs, sampling_logprobs: `[T]` with `cu_seqlens`, or `[B, L]`. Only the
             bonus and the entropy mask need `entropy`; `old_logprobs` None means sg(logprobs).
-        advantages: one a sequence (`[S]`), or one a token.
-        normalizer: replaces the aggregation's denominator.
+        advantages: one a sequence (`[S]`), or one a token (`[1, T]` where T may be S).
+        normalizer: replaces the aggregation's denominator. entropy_normalizer: the number of tokens under the bonus.
 
     Returns:
         0-dim loss, differentiable in `logprobs` and `entropy`; a differentiable 0 where every token is masked.
@@ -138,7 +139,7 @@ def reference_policy_loss(
         given = {"p": logprobs, "old": old_logprobs, "ref": ref_logprobs, "sampling": sampling_logprobs, "H": entropy}
         s = SimpleNamespace(**{name: None if v is None else v[row][active] for name, v in given.items()})
         per_token = advantages.dim() == 2 or advantages.numel() != len(rows)
-        s.A = advantages[row][active] if per_token else advantages[index].expand(s.p.shape)
+        s.A = advantages.reshape(logprobs.shape)[row][active] if per_token else advantages[index].expand(s.p.shape)
         s.keep = torch.ones_like(active[active]) if threshold is None else s.H.ge(threshold)
         sums.append(_terms(s, config).sum() if s.p.numel() else zero)
         lengths.append(s.p.numel())
@@ -147,7 +148,9 @@ def reference_policy_loss(
 
     loss = _aggregate(sums, lengths, config, normalizer) + zero
     if bonus:
-        loss = loss - config.entropy_coef * torch.cat(bonus).sum() / max(torch.cat(bonus).numel(), 1)
+        entropies = torch.cat(bonus)
+        count = max(entropies.numel(), 1) if entropy_normalizer is None else entropy_normalizer
+        loss = loss - config.entropy_coef * entropies.sum() / count
     return loss
 
 

@@ -164,7 +164,8 @@ def _forward_kernel(
                     x = tl.where(columns[None, :] < vocab, x, float("-inf"))
                 z_target += tl.sum(tl.where(columns[None, :] == target[:, None], x, 0.0), axis=1) * scale
                 peak = tl.maximum(m, tl.max(x, axis=1) * scale)
-                d = tl.maximum(x * scale[:, None] - peak[:, None], FLOOR, propagate_nan=tl.PropagateNan.ALL)
+                d = tl.fma(x, scale[:, None], -peak[:, None])
+                d = tl.maximum(d, FLOOR, propagate_nan=tl.PropagateNan.ALL)
                 e = tl.exp2(d)
                 s, u = _absorb(m, s, u, peak, tl.sum(e, axis=1), tl.sum(e * d, axis=1))
                 m = peak

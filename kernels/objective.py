@@ -16,8 +16,9 @@ rollout engine's logprob, sg stop-gradient. Logs are natural (nats). d = d term 
     kl, times w if asked:   k1  p - ref     k2  (p - ref)^2 / 2     k3  e^(ref - p) - (ref - p) - 1
 
 The twin of csrc/objective.h and grpo_fast/objectives.py, for objectives whose tokens do not see each other. The values
-of the terms and the metrics are O(T) and left to the latter. Conventions are autograd's: at a tie min gives half to
-each side, a clamp passes its gradient on its bounds, and what is 0 * inf there is NaN here.
+of the terms and the metrics are O(T) and left to the latter. The conventions are those files', not some version of
+torch's (2.14 changed clamp's): a clamp has slope 1 inside and on its bounds, 0 outside; at a tie min gives half to each
+side; what is 0 * inf there is NaN here.
 
 Scalars, one row a program: this costs nothing beside a row's logits, so nothing here is clever.
 """

@@ -93,7 +93,7 @@ def row_gradient_of(
         "g": g.float().contiguous(),
         "e": None if e is None else e.float().contiguous(),
         "vocab_start": vocab_start,
-        "IN_PLACE": dx.untyped_storage().data_ptr() == rows.logits.untyped_storage().data_ptr(),
+        "IN_PLACE": dx.untyped_storage()._cdata == rows.logits.untyped_storage()._cdata,
     }
     rows.run(_row_gradient_kernel, arguments)
 

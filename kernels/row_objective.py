@@ -178,7 +178,7 @@ def row_objective_of(
         "KL": objective.kl,
         "KL_TIMES_RATIO": objective.kl_times_ratio,
         "CORRECTION": objective.correction,
-        "IN_PLACE": dx.untyped_storage().data_ptr() == rows.logits.untyped_storage().data_ptr(),
+        "IN_PLACE": dx.untyped_storage()._cdata == rows.logits.untyped_storage()._cdata,
     }
     rows.run(_row_objective_kernel, arguments | written | tokens)
     return written["logprobs"], written["entropy"], written["live"]

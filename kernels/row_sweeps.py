@@ -16,7 +16,8 @@ Only differences of logits enter: logprob and entropy are exact to rounding howe
 
 Sweep 1 (`row_statistics`) reads a row forwards in blocks `[N, 4]`: four logits, 16 bytes, a thread. Each of the N lanes
 keeps its own (m, s, t) and rescales once in four logits, so that a logit costs 1.25 exponentials and the threads meet
-once, at the end. Sweep 2 (`row_gradient`) reads it backwards: what was read last is what the L2 cache still holds.
+once, at the end. The next two blocks are copied to shared memory meanwhile: the sweep waits for memory, not memory for
+the sweep. Sweep 2 (`row_gradient`) reads it backwards: what was read last is what the L2 cache still holds.
 
 The target's own gradient is written by a scalar store after the sweep, which spares a comparison a logit.
 
@@ -98,7 +99,7 @@ def row_statistics(x, bias, num_columns, scale, cap_scale, TRANSFORM: tl.constex
     s = tl.zeros([LANES], tl.float32)
     t = tl.zeros([LANES], tl.float32)
     whole = num_columns // (4 * LANES) * (4 * LANES)
-    for start in range(0, whole, 4 * LANES):
+    for start in tl.range(0, whole, 4 * LANES, num_stages=3):  # the next two blocks are on their way, in shared memory
         y = block_y(x + start, None if bias is None else bias + start, offsets, None, cap_scale, TRANSFORM, False)
         m, s, t = _accumulate(y, scale, m, s, t)
     if whole < num_columns:

@@ -65,7 +65,7 @@ class Rows:
         device = self.logits.device
         launch = row_launch(self.num_columns, architecture(device))
         grid = (num_programs(launch, self.num_rows, device),)
-        launcher.launch(kernel, grid, self.arguments(launch) | arguments, device)
+        launcher.launch(kernel, grid, {**self.arguments(launch), **arguments}, device)
 
     def results(self, given: Sequence[Tensor] | None, dtypes: Mapping[str, torch.dtype]) -> dict[str, Tensor]:
         """One `[R]` tensor for each name, of its dtype: those given, in that order, or new ones.

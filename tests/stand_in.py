@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -143,6 +144,7 @@ class StandIn(TorchDispatchMode):
         self.waits: list[str] = []
         self.late: list[str] = []
         self.launches: list[str] = []
+        self.operators: Counter[str] = Counter()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -151,6 +153,7 @@ class StandIn(TorchDispatchMode):
                 return OPERATORS[func](*args, **kwargs)
         if func in _WAITING or (func is aten.index.Tensor and any(_is_mask(i) for i in args[1])):
             self.waits.append(func.__name__)
+        self.operators[func.__name__] += 1
         call = _as_tf32(func, args, kwargs) if torch.backends.cuda.matmul.fp32_precision == "tf32" else None
         result = func(*args, **kwargs) if call is None else call
         name, returns = func.__name__.split(".")[0], func._schema.returns

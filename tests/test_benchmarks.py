@@ -6,13 +6,14 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import measure, report
-from benchmarks.baselines import CONTENDERS, Contender, Outcome
+from benchmarks.baselines import CONTENDERS, FEW, Contender, Outcome, implementations
 from benchmarks.cases import (
     MODELS,
     SCENARIOS,
@@ -344,7 +345,8 @@ def test_report(record: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFi
     assert text.count("| failed |") == 1 + len(grown)
     assert "absent: not installed" in text
     plain = next(c for c in record["contenders"] if c["name"] == "plain log-softmax")
-    assert f"| plain log-softmax | {plain['median'] / ours['median']:.2f} | 1.00 |" in text
+    slower = f"| plain log-softmax | {plain['median'] / ours['median']:.2f} "
+    assert f"{slower}{slower}| 1.00 |" in text
     for name in ("time_vs_floor.png", "growth.png"):
         assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
 
@@ -356,3 +358,85 @@ def test_report_keeps_machines_apart(record: dict[str, Any], tmp_path: Path) -> 
         report.load([path])
     with pytest.raises(ValueError, match="got none"):
         report.load([_file(tmp_path / "empty.json", [])])
+
+
+def _machine(record: dict[str, Any], device: str) -> dict[str, Any]:
+    facts = {**record["machine"], "device": device, "gpu": "GPU", "driver": "1", "cuda": "13.0"}
+    return {**record, "machine": facts}
+
+
+def _contender(record: dict[str, Any], name: str, **changes: Any) -> dict[str, Any]:
+    """A timed contender of a record under another name."""
+    plain = next(c for c in record["contenders"] if c["name"] == "plain log-softmax")
+    return {**plain, "name": name, "package": name, **changes}
+
+
+def test_nobody_beats_a_floor_but_a_reference(record: dict[str, Any]) -> None:
+    on_cpu, on_gpu = (report.markdown([_machine(record, device)]) for device in ("cpu", "cuda"))
+    assert "| reference GEMMs (logits + grad_hidden + grad_weight) |" in on_cpu
+    assert "x reference" in on_cpu
+    assert "floor" not in on_cpu.replace("no floor", "")
+    assert "| floor GEMMs (logits + grad_hidden + grad_weight) |" in on_gpu
+    assert "x floor" in on_gpu
+    assert "reference" not in on_gpu
+
+
+def test_spread(record: dict[str, Any]) -> None:
+    ours = next(c for c in record["contenders"] if c["name"] == "grpo-fast")
+    floor = record["floor"]["median"]
+    span = f"({ours['min'] / floor:.2f} to {ours['max'] / floor:.2f})"
+    assert report.spread(record, ours) == f"{ours['floor_ratio']:.2f} {span}"
+    assert f"| {ours['floor_ratio']:.2f} {span} |" in "\n".join(report.summary([record]))
+
+
+def test_the_fastest_competitors(record: dict[str, Any]) -> None:
+    """With entropies and of all; who was faster at the full step and is not timed elsewhere is named."""
+    ours = next(c for c in record["contenders"] if c["name"] == "grpo-fast")
+
+    def rivals(*named: tuple[str, float, bool]) -> list[dict[str, Any]]:
+        return [_contender(record, n, median=f * ours["median"], entropy=entropy) for n, f, entropy in named]
+
+    eager, bf16, cut = ("TRL eager", 4.0, True), ("TRL eager bf16", 1.5, True), ("cut", 1.25, False)
+    full = {**record, "contenders": [ours, *rivals(eager, bf16, cut)]}
+    case = {**record["case"], "scenario": "kl", "name": "kl", "title": "KL"}
+    few = {**record, "case": case, "contenders": [ours, *rivals(eager)]}
+    of_full, of_few, _, note = report.summary([full, few])[2:]
+    assert "| TRL eager bf16 | 1.50 | cut * | 1.25 | 1.00 |" in of_full
+    assert "| TRL eager + | 4.00 | TRL eager + | 4.00 | 1.00 |" in of_few
+    assert note == "+: faster at the same head's full step, and not timed here: TRL eager bf16."
+    everyone = {**few, "contenders": full["contenders"]}
+    assert not any("+" in line for line in report.summary([full, everyone]))
+
+
+def test_names_say_what_ran(record: dict[str, Any], tmp_path: Path) -> None:
+    old = [_contender(record, name) for name in ("cut-cross-entropy", "Liger fused", "Liger fused (one chunk)")]
+    for device, cut in (("cpu", "cut-cross-entropy (torch.compile)"), ("cuda", "cut-cross-entropy")):
+        (loaded,) = report.load([_file(tmp_path / "old.json", [_machine({**record, "contenders": old}, device)])])
+        names = [c["name"] for c in loaded["contenders"]]
+        assert names == [cut, "Liger fused (not compiled)", "Liger fused (one chunk, not compiled)"]
+    # A record of today lists both forms, one of them as not offered.
+    both = [_contender(record, "cut-cross-entropy"), _contender(record, "cut-cross-entropy (torch.compile)")]
+    (loaded,) = report.load([_file(tmp_path / "new.json", [_machine({**record, "contenders": both}, "cpu")])])
+    assert [c["name"] for c in loaded["contenders"]] == [c["name"] for c in both]
+    for name in report.FULL_NAMES.values():
+        assert name in CONTENDERS
+    assert CONTENDERS["cut-cross-entropy"].why_not_offered(TINY, "cpu") == "runs on cuda only"
+    assert CONTENDERS["cut-cross-entropy (torch.compile)"].why_not_offered(TINY, "cuda") == "runs on cpu only"
+
+
+def test_competitors_run_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Liger's default is to compile, and TRL's bf16 path is among those timed in every scenario."""
+    built: list[dict[str, Any]] = []
+
+    def remember(**options: Any) -> None:
+        built.append(options)
+        raise InterruptedError
+
+    liger = SimpleNamespace(LigerFusedLinearGRPOLoss=remember)
+    monkeypatch.setattr(implementations.importlib, "import_module", lambda name: liger)
+    for name in ("Liger fused (compiled)", "Liger fused (not compiled)", "Liger fused (one chunk, not compiled)"):
+        with pytest.raises(InterruptedError):
+            CONTENDERS[name].run(make_batch(TINY).padded())
+    assert [options["compiled"] for options in built] == [True, False, False]
+    assert [options["chunk_size"] for options in built] == [1, 1, TINY.sequences]
+    assert "TRL eager bf16" in FEW

@@ -66,16 +66,13 @@ def test_not_asked_for_nothing_changes(config):
 def test_everything_is_set_before_the_model_is_loaded(config, monkeypatch):
     """Loading has the process's first products: packed attention is checked, the head is measured."""
 
-    class Loading(Exception):
-        pass
-
     def load_policy(*arguments, **options):
         assert modes()[:2] == (True, False)
         assert os.environ[VARIABLE] == ":4096:8"
-        raise Loading
+        raise InterruptedError
 
     monkeypatch.setattr(loop, "load_policy", load_policy)
-    with pytest.raises(Loading):
+    with pytest.raises(InterruptedError):
         loop.train(config)
 
 
@@ -110,12 +107,11 @@ def test_too_late_or_another_workspace_is_refused(config, monkeypatch, tmp_path,
 
 
 def test_what_cannot_be_repeated_ends_the_run_with_its_name(config):
-    with pytest.raises(ConfigError, match=r"full_determinism: put_ does not .* deterministic implementation"):
-        with determinism(config):
-            torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
-    with pytest.raises(RuntimeError, match="out of memory") as other:
-        with determinism(config):
-            raise RuntimeError("CUDA out of memory")
+    message = r"full_determinism: put_ does not .* deterministic implementation"
+    with pytest.raises(ConfigError, match=message), determinism(config):
+        torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
+    with pytest.raises(RuntimeError, match="out of memory") as other, determinism(config):
+        raise RuntimeError("CUDA out of memory")
     assert not isinstance(other.value, ConfigError)
     assert modes()[1]
 

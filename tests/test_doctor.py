@@ -19,6 +19,7 @@ from grpo_fast.ops import cpu_backend, cuda_backend
 from grpo_fast.ops.backend import RowChunk, backend_names, get_backend, resolve_backend
 from grpo_fast.ops.planner import row_budget
 from grpo_fast.ops.torch_backend import TorchBackend
+from tests.stand_in import stand_in
 
 CPU = torch.device("cpu")
 
@@ -90,6 +91,24 @@ def test_a_product_that_only_several_chunks_need_is_tried(monkeypatch: pytest.Mo
     verdict = doctor.examine("torch", CPU)
     assert verdict.ok is False
     assert verdict.text.startswith("torch.bfloat16, several chunks: RuntimeError: Expected out tensor")
+
+
+def test_a_gpus_branch_passes_and_its_old_product_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the stand-in, whose products check what CUDA's do: a float32 `out` takes `mm.dtype_out`, not `mm.out`."""
+    right = TorchBackend.grad_weight
+
+    def old(self: TorchBackend, dx: Tensor, hidden: Tensor, out: Tensor, base: Tensor | None) -> None:
+        if base is None:
+            torch.mm(dx.t(), hidden, out=out)
+        else:
+            right(self, dx, hidden, out, base)
+
+    with stand_in():
+        assert doctor.examine("torch", CPU).ok
+        monkeypatch.setattr(TorchBackend, "grad_weight", old)
+        verdict = doctor.examine("torch", CPU)
+    assert verdict.ok is False
+    assert verdict.text.startswith("torch.bfloat16, several chunks: RuntimeError: Expected out tensor to have dtype")
 
 
 def test_float16_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:

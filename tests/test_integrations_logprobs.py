@@ -275,7 +275,27 @@ def test_verl_policy_loss(batch: Batch) -> None:
     assert seen == {"batch_num_tokens": 50, "mode": "token-mean"}
     assert set(metrics) == {"actor/pg_clipfrac", "actor/ppo_kl"}
     assert all(isinstance(value, float) for value in metrics.values())
-    assert verl.loss_config("cispo", actor).epsilon_high == 1.28
+
+
+def test_verl_cispo_without_a_bound_of_its_own(batch: Batch) -> None:
+    """verl's bound is 1 + clip_ratio where there is no clip_ratio_high; the clipped are those above it."""
+    actor = SimpleNamespace(clip_ratio=0.1, clip_ratio_low=None, clip_ratio_high=None, clip_ratio_c=3.0)
+    actor.tau_pos, actor.tau_neg, actor.global_batch_info = 1.0, 1.05, {}
+    assert verl.loss_config("cispo", actor).epsilon_high == 1.1
+    batch.advantages[0] = 0.5
+    loss, metrics = verl.policy_loss_of("cispo", lambda loss_mat, **info: loss_mat.sum())(
+        old_log_prob=batch.old,
+        log_prob=batch.logprobs,
+        advantages=batch.advantages,
+        response_mask=batch.mask,
+        config=actor,
+    )
+    ratio = (batch.logprobs - batch.old).exp().detach()
+    agree(loss, (-(ratio.clamp(max=1.1) * batch.advantages * batch.logprobs) * batch.mask).sum(), batch)
+    clipped_tokens = (ratio > 1.1) & (batch.advantages > 0) & batch.mask
+    assert 0 < clipped_tokens.sum() < batch.mask.sum()
+    share = clipped_tokens.sum().item() / batch.mask.sum().item()
+    assert metrics["actor/pg_clipfrac"] == pytest.approx(share)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])

@@ -41,23 +41,10 @@ from grpo_fast.kernels.configuration import Configuration  # noqa: E402
 from grpo_fast.kernels.objective import PARAMETERS  # noqa: E402
 from grpo_fast.kernels.rows import Rows  # noqa: E402
 from grpo_fast.kernels.scale import scale_unless_one  # noqa: E402
+from tests.cards import CARD, card  # noqa: E402
 
-CARD = torch.device("cuda", 1)
 MULTIPROCESSORS = 132
 OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
-
-
-class OnCard(Tensor):
-    """A tensor that says it is on `cuda:1`; what is made of it says so too."""
-
-    device = property(lambda self: CARD)  # type: ignore[assignment]
-    is_cuda = property(lambda self: True)  # type: ignore[assignment]
-
-
-def card(*shape: int, dtype: torch.dtype = torch.float32, offset: int = 0) -> Tensor:
-    """Zeros on the card, `offset` elements into their storage."""
-    size = torch.Size(shape).numel()
-    return torch.zeros(size + offset, dtype=dtype).as_subclass(OnCard)[offset:].view(shape)
 
 
 @dataclass

@@ -44,6 +44,7 @@ def run(
             plan=plan,
             workspace_bytes=workspace,
             backend=backend,
+            ignore_index=None,
         )
         out.loss.backward()
     assert out.plan == plan

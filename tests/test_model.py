@@ -99,14 +99,14 @@ def test_what_the_hub_has_is_loaded_from_it(hub, loaded):
 
 
 def test_what_the_hub_has_not_is_its_answer(hub, loaded):
-    class NotFound(HfHubHTTPError):
+    class NotFoundError(HfHubHTTPError):
         def __init__(self) -> None:  # its own wants a response of the HTTP library
             pass
 
         def __str__(self) -> str:
             return "\n404 Client Error.\n\nRepository Not Found"
 
-    hub.answer = NotFound()
+    hub.answer = NotFoundError()
     expected = "model.path: there is no folder nomodel here, and the hub answers: 404 Client Error."
     assert load("nomodel") == expected
     assert not loaded

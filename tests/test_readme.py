@@ -2,38 +2,48 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+
+from benchmarks import report
 
 REPO = Path(__file__).resolve().parent.parent
 README = REPO / "README.md"
 
 
-def test_the_loss_in_fifteen_lines() -> None:
-    transformers = pytest.importorskip("transformers")
-    blocks = re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.DOTALL)
-    code = next(block for block in blocks if "grpo_loss(" in block)
-    assert len([line for line in code.splitlines() if line.strip()]) <= 15
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=50, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
-    )
-    model = transformers.LlamaForCausalLM(config)
-    names = {
-        "model": model,
-        "ids": torch.randint(0, 50, (4, 9)),
-        "attention_mask": torch.ones(4, 9, dtype=torch.int64),
-        "completion_mask": torch.arange(9).expand(4, 9) >= 4,
-        "rewards": torch.tensor([1.0, 0.0, 0.0, 1.0]),
-    }
-    exec(code, names)
-    assert all(parameter.grad is not None for parameter in model.parameters())
-    assert names["out"].metrics.as_dict()["ratio/max"] == 1.0
+def snippets() -> tuple[str, str]:
+    """The Python of the loss: with torch alone, and what goes on from there with a Hugging Face model."""
+    section = README.read_text().partition("## The loss in fifteen lines")[2].partition("\n## ")[0]
+    first, second = re.findall(r"```python\n(.*?)```", section, flags=re.DOTALL)
+    return first, second
+
+
+def test_the_loss_in_fifteen_lines(tmp_path: Path) -> None:
+    """As it stands, in an interpreter of its own, where nothing but torch can be had."""
+    code, _ = snippets()
+    assert len([line for line in code.splitlines() if line.strip() and not line.startswith("#")]) <= 15
+    absent = "import sys; sys.modules.update(dict.fromkeys(('transformers', 'peft', 'omegaconf', 'datasets')))\n"
+    done = subprocess.run([sys.executable, "-c", absent + code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    plan, _, metrics = done.stdout.partition(" ")
+    assert plan == "single_pass"
+    assert ast.literal_eval(metrics)["ratio/max"] == 1.0
+
+
+def test_the_loss_of_a_model() -> None:
+    pytest.importorskip("transformers")
+    names: dict[str, Any] = {}
+    for code in snippets():
+        exec(code, names)
+    assert names["weight"].grad.abs().sum() > 0
+    assert all(parameter.grad is not None for parameter in names["model"].parameters())
 
 
 @pytest.mark.parametrize("page", ["README.md", "examples/README.md"])
@@ -54,12 +64,15 @@ def text() -> str:
 
 def records() -> dict[str, dict[str, Any]]:
     """What `make bench` measured, by case name."""
-    found = json.loads((RESULTS / "bench.json").read_text())["benchmarks"]
-    return {bench["extra_info"]["case"]["name"]: bench["extra_info"] for bench in found}
+    return {record["case"]["name"]: record for record in report.load([RESULTS / "bench.json"])}
 
 
 def timed(record: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {c["name"]: c for c in record["contenders"] if c["status"] == "timed"}
+
+
+def spread(record: dict[str, Any], name: str) -> str:
+    return report.spread(record, timed(record)[name])
 
 
 def loss_table() -> list[str]:
@@ -74,8 +87,19 @@ def loss_table() -> list[str]:
                 cells += ["", "", ""]
                 continue
             error = c["errors"].get("logprobs")
-            cells += [f"{c['median']:.2f} s", f"{c['floor_ratio']:.2f}", "" if error is None else f"{error:.0e}"]
+            cells += [f"{c['median']:.2f} s", spread(record, name), "" if error is None else f"{error:.0e}"]
         lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def scenario_table() -> list[str]:
+    """The README's table of the other scenarios: ours against the products of the case."""
+    lines = []
+    for record in records().values():
+        case, gemms = record["case"], len(record["floor"]["gemms"])
+        if case["scenario"] != "full":
+            products = f"{gemms} product{'s' * (gemms > 1)}"
+            lines.append(f"| {case['title']} ({products}) | {spread(record, 'grpo-fast')} |")
     return lines
 
 
@@ -103,14 +127,24 @@ def test_numbers_of_the_loss() -> None:
     assert len(table) >= 6
     missing = [line for line in table if line not in lines]
     assert not missing, "\n".join(missing)
-    ratios = {name: timed(record)["grpo-fast"]["floor_ratio"] for name, record in records().items()}
-    claims = [ratio for name, ratio in ratios.items() if f"{ratio:.2f}" not in text()]
-    assert not claims, ratios
+    rows = scenario_table()
+    assert len(rows) == 6
+    missing = [line for line in rows if line not in lines]
+    assert not missing, "\n".join(missing)
+    small, large = (record for record in records().values() if record["case"]["scenario"] == "full")
+    floors = [record["floor"]["median"] for record in (small, large)]
+    assert f"in the same rounds: {floors[0]:.2f} and {floors[1]:.2f} s" in text()
+    half = timed(records()["SmolLM2-135M-T2048-half"])["grpo-fast"]["median"]
+    assert f"That half takes {half / timed(small)['grpo-fast']['median']:.2f} of the time of a full step" in text()
+
+
+def test_the_report_is_of_the_raw_files() -> None:
+    written = report.markdown(report.load([RESULTS / "bench.json", RESULTS / "growth.json"]))
+    assert (RESULTS / "report.md").read_text() == written
 
 
 def test_numbers_of_growth() -> None:
-    found = json.loads((RESULTS / "growth.json").read_text())["benchmarks"]
-    by_axis = {(b["extra_info"]["growth"], b["extra_info"]["case"]["name"]): b["extra_info"] for b in found}
+    by_axis = {(r["growth"], r["case"]["name"]): r for r in report.load([RESULTS / "growth.json"])}
     peaks = []
     for tokens in (2048, 16384):
         one = timed(by_axis["tokens", f"SmolLM2-135M-T{tokens}-full"])
@@ -121,7 +155,8 @@ def test_numbers_of_growth() -> None:
     assert f"from {ours[0]} to {ours[1]} MiB, a plain loss's from {plain[0]} to {plain[1]}," in text()
     assert f"and TRL's from {trl[0]} to {trl[1]};" in text()
     largest = next(r for (axis, _), r in by_axis.items() if axis == "vocab" and r["case"]["vocab"] == 262144)
-    assert f"ours is {timed(largest)['grpo-fast']['floor_ratio']:.1f} times the floor" in text()
+    ratio, _, span = spread(largest, "grpo-fast").partition(" ")
+    assert f"ours takes {ratio} times the reference {span}" in text()
 
 
 def test_numbers_inside_trl() -> None:

@@ -28,8 +28,10 @@ from tests.test_loss import eager, legal_plans, oracle, run
 BACKEND = "triton" if INTERPRETED else "torch"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 CPU = torch.device("cpu")
-LENGTHS = (7, 1, 30, 0, 5, 25)
+LENGTHS = (7, 1, 17, 0, 5, 9)
 TILE = 16
+# Triton's interpreter cuts bf16 off where a GPU rounds it.
+HALF_FLOOR = TOLERANCES[torch.bfloat16].floor * (2 if INTERPRETED else 1)
 
 
 def workspace(vocab: int, dtype: torch.dtype, *, rows: int) -> int:
@@ -57,7 +59,7 @@ def check(case: Case, config: LossConfig, plan: str, **options: Any) -> StandIn:
     return device
 
 
-@pytest.mark.parametrize("number", range(len(OBJECTIVES)))
+@pytest.mark.parametrize("number", range(0, len(OBJECTIVES), 3 if INTERPRETED else 1))
 def test_every_objective(number: int) -> None:
     """78 objectives, every plan that serves them; dtypes, layouts and streams take turns; several chunks."""
     config = LossConfig(**OBJECTIVES[number].values[0], temperature=0.9)
@@ -67,12 +69,11 @@ def test_every_objective(number: int) -> None:
         case = padded(case, fill_target=-100, fill_logprob=float("nan"))
     plans = legal_plans(config)
     for plan in plans if not INTERPRETED else [plans[number % len(plans)]]:
-        # resident must hold the longest sequence
-        rows = 48 if plan == "resident" else 32
+        rows = 32 if plan == "resident" else 16  # resident must hold the longest sequence
         check(case, config, plan, workspace_bytes=workspace(97, torch.float32, rows=rows), row_stream=number % 4 > 1)
 
 
-@pytest.mark.parametrize("rows", [32, 96], ids=["chunks", "one-chunk"])
+@pytest.mark.parametrize("rows", [16, 64], ids=["chunks", "one-chunk"])
 @pytest.mark.parametrize("with_main_grad", [False, True], ids=["grad", "main_grad"])
 @pytest.mark.parametrize("plan", ["single_pass", "resident", "recompute", "lean"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16", "fp32"])
@@ -80,11 +81,11 @@ def test_every_plan(dtype: torch.dtype, plan: str, with_main_grad: bool, rows: i
     """Every storage, plan, number of chunks; the weight's gradient returned or added to a buffer."""
     config = LossConfig(beta=0.1, entropy_coef=0.02)
     case = make_case(2, LENGTHS, bias=True, vocab=203, dtype=dtype, logit_scale=0.7)
-    budget = workspace(203, dtype, rows=rows)
+    budget = workspace(203, dtype, rows=32 if plan == "resident" and rows == 16 else rows)
     with stand_in(tile_rows=TILE):
         held = row_budget(BACKEND, 203, 32, dtype, CPU, budget)
     at_once = held.chunk_rows if plan == "resident" else held.rows_at_once
-    assert rows == 96 or at_once < 68 or plan == "lean"
+    assert (at_once < 33) == (rows == 16) or plan == "lean"
     if not with_main_grad:
         check(case, config, plan, workspace_bytes=budget)
         return
@@ -99,8 +100,9 @@ def test_every_plan(dtype: torch.dtype, plan: str, with_main_grad: bool, rows: i
         out.loss.backward()
     assert leaves["weight"].grad is None
     # float32 sums on top of ones
-    assert rel_rms(buffer - 1, gradients["weight"]) <= max(TOLERANCES[dtype].floor, 4e-5)
-    assert rel_rms(leaves["hidden"].grad, gradients["hidden"]) <= TOLERANCES[dtype].floor
+    assert rel_rms(buffer - 1, gradients["weight"]) <= (HALF_FLOOR if dtype == torch.bfloat16 else 1e-3)
+    bound = HALF_FLOOR if dtype == torch.bfloat16 else TOLERANCES[dtype].floor
+    assert rel_rms(leaves["hidden"].grad, gradients["hidden"]) <= bound
     assert rel_rms(out.loss, expected.loss) <= 1e-5
 
 
@@ -146,15 +148,15 @@ def test_views_and_padded_strides() -> None:
             workspace_bytes=workspace(101, torch.bfloat16, rows=32), **case.policy_inputs(config),
         )  # fmt: skip
         out.loss.backward()
-    assert rel_rms(hidden.grad, gradients["hidden"]) <= TOLERANCES[torch.bfloat16].floor
-    assert rel_rms(weight.grad, gradients["weight"]) <= TOLERANCES[torch.bfloat16].floor
+    assert rel_rms(hidden.grad, gradients["hidden"]) <= HALF_FLOOR
+    assert rel_rms(weight.grad, gradients["weight"]) <= HALF_FLOOR
     assert rel_rms(out.loss, expected.loss) <= 1e-5
 
 
 @pytest.mark.parametrize("row_stream", [False, True])
 def test_first_ratio_is_one_and_bits_repeat(row_stream: bool) -> None:
     """Old and current passes agree to the bit, rows left out or not; so do two steps."""
-    case = make_case(4, (40, 9, 31, 12), dtype=torch.bfloat16, vocab=203)
+    case = make_case(4, (22, 9, 15, 6), dtype=torch.bfloat16, vocab=203)
     case.advantages[1] = 0.0
     options = {"backend": BACKEND, "workspace_bytes": workspace(203, torch.float32, rows=48)}
     with stand_in(tile_rows=TILE, row_stream=row_stream):
@@ -169,7 +171,7 @@ def test_first_ratio_is_one_and_bits_repeat(row_stream: bool) -> None:
             )  # fmt: skip
             out.loss.backward()
             results.append((out.loss.detach(), leaves["hidden"].grad, leaves["weight"].grad))
-    assert 0 < int(out.computed.sum()) < 92
+    assert 0 < int(out.computed.sum()) < 52
     assert torch.equal(out.logprobs[out.computed], old[out.computed])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
@@ -192,8 +194,8 @@ def test_scaled_loss_and_backward_twice(factor: float) -> None:
         with pytest.raises(RuntimeError, match="second time"):
             loss.backward()
     for name, one, other in zip(leaves, first, second, strict=True):
-        assert rel_rms(one, factor * gradients[name]) <= TOLERANCES[torch.bfloat16].floor
-        assert rel_rms(other, factor * gradients[name]) <= TOLERANCES[torch.bfloat16].floor
+        assert rel_rms(one, factor * gradients[name]) <= HALF_FLOOR
+        assert rel_rms(other, factor * gradients[name]) <= HALF_FLOOR
 
 
 def test_main_grad_refuses_a_scaled_loss_on_the_device() -> None:
@@ -216,10 +218,11 @@ def test_waits() -> None:
         (LossConfig(entropy_coef=0.1), {"ignore_index": None}, 0),
         (LossConfig(entropy_coef=0.1), {}, 1),  # to leave out what is ignored
         (LossConfig(entropy_coef=0.1), {"ignore_index": None, "loss_mask": case.loss_mask}, 1),
-        (LossConfig(importance_sampling_level="sequence"), {"plan": "resident"}, 2),  # and sequences' rows
+        (LossConfig(importance_sampling_level="sequence"), {"plan": "resident"}, 1),  # sequences' rows
+        (LossConfig(importance_sampling_level="sequence", entropy_coef=0.1), {"ignore_index": None}, 1),
     ):
         leaves = case.leaves()
-        with stand_in() as device:
+        with stand_in(tile_rows=TILE) as device:
             out = grpo_loss(
                 leaves["hidden"], leaves["weight"], case.targets, case.advantages, cu_seqlens=case.cu_seqlens,
                 config=config, backend=BACKEND, **given,
@@ -227,6 +230,18 @@ def test_waits() -> None:
             out.loss.backward()
         assert len(device.waits) <= waits, (config.loss_type, given, device.waits)
         assert needs_every_row(config) or couples_tokens(config, has_old=False) or len(device.waits) == 1
+
+
+def test_tokens_are_gathered_once_a_call() -> None:
+    """A12: not once a tile: the host of a small head has no time for it."""
+    case = make_case(7, (22, 21, 14), dtype=torch.bfloat16)
+    config = LossConfig(beta=0.1, importance_sampling_mode="token_truncate")
+    counts = []
+    for rows in (16, 64):
+        with stand_in(tile_rows=TILE) as device:
+            run(case, config, backend=BACKEND, workspace_bytes=workspace(97, torch.bfloat16, rows=rows))
+        counts.append(device.operators["index.Tensor"])
+    assert counts[0] == counts[1] > 0
 
 
 def test_ignored_targets() -> None:
@@ -239,7 +254,7 @@ def test_ignored_targets() -> None:
         out, actual = run(replace(case, targets=targets), config, loss_mask=None, backend=BACKEND, workspace_bytes=None)
     assert torch.equal(out.computed, case.loss_mask)
     assert rel_rms(out.loss, expected.loss) <= 1e-5
-    assert all(rel_rms(actual[n], gradients[n]) <= TOLERANCES[torch.bfloat16].floor for n in gradients)
+    assert all(rel_rms(actual[n], gradients[n]) <= HALF_FLOOR for n in gradients)
 
 
 @pytest.fixture
@@ -293,7 +308,7 @@ MISTAKES = {
 def test_unordered_streams_are_seen(mistake: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if BACKEND == "torch":
         monkeypatch.setattr(type(get_backend("torch")), "stages_dx", True)  # two buffers want dx beside them
-    case = make_case(10, (64, 33), vocab=203, dtype=torch.bfloat16, masked_fraction=0.0)
+    case = make_case(10, (40, 33), vocab=203, dtype=torch.bfloat16, masked_fraction=0.0)
     with stand_in(tile_rows=TILE, row_stream=True) as device:
         stepped(case)
     assert len(device.streams.made) == 1
@@ -336,7 +351,7 @@ def test_an_error_in_a_row_function_leaves_the_callers_stream_current(monkeypatc
 
 
 def test_passes_share_a_stream() -> None:
-    """B12: one second stream a thread and device, as each has memory of its own."""
+    """B12: one second stream a device, as each has memory of its own."""
     with stand_in() as device:
         first, second = RowStream(CPU, 2), RowStream(CPU, 2)
         assert first.stream is second.stream

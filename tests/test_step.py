@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from grpo_fast.head import hidden_states
-from grpo_fast.loss import LossConfig, policy_loss
+from grpo_fast.loss import LossConfig, grpo_loss, policy_loss
+from grpo_fast.objectives import high_entropy_mask
 from grpo_fast.trainer.batch import Experience, bounds
 from grpo_fast.trainer.errors import ConfigError
 from grpo_fast.trainer.loop import make_updater
 from grpo_fast.trainer.step import Updater
 from tests import tiny
+from tests.stand_in import stand_in
 from tests.tiny import configured
 
 PROMPTS, COMPLETIONS = (3, 6), (5, 1, 4, 7, 2, 6, 6, 3)  # four a prompt
@@ -86,7 +88,7 @@ def updaters(tmp_path_factory):
         {"loss_type": "grpo", "beta": 0.3, "epsilon_high": 0.4},
         {"loss_type": "dapo", "entropy_coef": 0.2},
         {"loss_type": "dapo", "importance_sampling_mode": "sequence_mask"},
-        {"loss_type": "cispo", "temperature": 0.7},
+        {"loss_type": "cispo", "epsilon_high": 1.25, "temperature": 0.7},
         {"loss_type": "gmpo"},
     ],
     ids=lambda loss: "-".join(map(str, loss.values())),
@@ -166,3 +168,90 @@ def test_options_of_the_loss_that_cannot_run(updaters):
         updaters(backend="fpga")
     with pytest.raises(ConfigError, match="plan"):
         updaters(plan="frozen_hat")
+
+
+def test_every_pack_has_the_runs_loss_config(updaters, monkeypatch):
+    """A backend keeps what it makes of a config: one a pack, as a coefficient by the pack's share is, adds up."""
+    seen: list[LossConfig] = []
+
+    def spy(*arguments, config, **options):
+        seen.append(config)
+        return grpo_loss(*arguments, config=config, **options)
+
+    updater = updaters(loss={"loss_type": "dapo", "entropy_coef": 0.2}, max_tokens_per_microbatch=8)
+    monkeypatch.setattr("grpo_fast.trainer.step.grpo_loss", spy)
+    data = experience()
+    data.ref_logprobs = None
+    assert updater.gradients(data, range(8))["num_microbatches"] == len(seen) > 1
+    assert all(config is updater._config.loss for config in seen)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.3])
+def test_the_metrics_do_not_depend_on_the_packs(updaters, beta):
+    loss = {"loss_type": "dapo", "entropy_coef": 0.2, "beta": beta}
+    data = experience()
+    data.ref_logprobs = data.ref_logprobs if beta else None
+    expected = updaters(loss=loss, max_tokens_per_microbatch=1000).gradients(data, range(8))
+    found = updaters(loss=loss, max_tokens_per_microbatch=8).gradients(data, range(8))
+    assert found.pop("num_microbatches") > expected.pop("num_microbatches") == 1
+    for name in found.keys() - {"padding_fraction", "update_flops"}:
+        assert found[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("quantile", [1.0, 0.5, 0.3, 0.0])
+def test_the_bonus_is_a_mean_over_the_tokens_it_acts_on(updaters, monkeypatch, quantile):
+    seen: list[float] = []
+    sizes: list[int] = []
+
+    def spy(states, *arguments, entropy_normalizer, **options):
+        seen.append(entropy_normalizer)
+        sizes.append(states.shape[0])
+        return grpo_loss(states, *arguments, entropy_normalizer=entropy_normalizer, **options)
+
+    loss = {"loss_type": "dapo", "entropy_coef": 0.2, "top_entropy_quantile": quantile}
+    updater = updaters(loss=loss, max_tokens_per_microbatch=20)
+    monkeypatch.setattr("grpo_fast.trainer.step.grpo_loss", spy)
+    data = experience()
+    data.ref_logprobs = None
+    updater.gradients(data, range(8))
+    assert len(sizes) > 1
+    kept = [high_entropy_mask(torch.rand(size), torch.ones(size, dtype=torch.bool), quantile) for size in sizes]
+    assert seen == [float(sum(int(mask.sum()) for mask in kept))] * len(sizes)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_first_of_several_steps_has_ratio_one(updaters, temperature):
+    """Scored at the loss's own temperature, in the same packs, to the last bit."""
+    updater = updaters(rollout__temperature=temperature, num_iterations=2, max_tokens_per_microbatch=20)
+    assert updater._config.loss.temperature == temperature
+    data = experience()
+    data.old_logprobs = data.ref_logprobs = None
+    updater.prepare(data, [range(4), range(4, 8)])
+    scored = data.old_logprobs.isfinite()
+    assert scored.any()
+    assert not scored.all()  # what no step will ask for
+    for completions in (range(4), range(4, 8)):
+        metrics = updater.gradients(data, completions)
+        assert metrics["ratio/min"] == metrics["ratio/max"] == 1
+
+
+@pytest.mark.parametrize("loss", [{"loss_type": "dapo", "entropy_coef": 0.2}, {"loss_type": "grpo", "beta": 0.3}])
+def test_a_packs_step_never_makes_a_gpu_wait(updaters, monkeypatch, loss):
+    """On the stand-in GPU, in bfloat16 with float32 buffers: forward, loss and backward of every pack."""
+    updater = updaters(loss=loss, model__dtype="bfloat16", backend="torch", max_tokens_per_microbatch=20)
+    data = experience()
+    data.ref_logprobs = data.ref_logprobs if "beta" in loss else None
+    expected = updater.gradients(data, range(8))
+    wanted = [gradient.clone() for gradient in updater.weights.gradients()]
+    normalizer = updater._normalizer(data, range(8))  # counted in the experience, on a CPU
+    monkeypatch.setattr(updater, "_normalizer", lambda *arguments: normalizer)
+    packs = updater._packs(data, range(8))
+    assert len(packs) > 1
+    updater.weights.start_step()
+    with updater.policy.packing(), stand_in() as gpu:
+        parts = [updater._backward(data, pack, packs, range(8)) for pack in packs]
+    assert not gpu.waits
+    assert updater._merge(data, range(8), parts)["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    for mine, theirs in zip(updater.weights.gradients(), wanted, strict=True):
+        # bfloat16's own error is the limit: a GPU keeps the gradient of the logits in it.
+        assert float((mine - theirs).norm()) <= 3e-2 * float(theirs.norm()) + 1e-6

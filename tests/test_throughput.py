@@ -73,7 +73,9 @@ def test_a_cpu_has_no_known_peak():
 def test_utilisation_is_that_of_the_update(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L4")
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**30)
-    found = throughput_metrics(CUDA, seconds={"update": 2.0, "generate": 6.0}, step_time=8.0, num_tokens=80, flops=121e12)
+    found = throughput_metrics(
+        CUDA, seconds={"update": 2.0, "generate": 6.0}, step_time=8.0, num_tokens=80, flops=121e12
+    )
     assert found["mfu"] == pytest.approx(0.5)
     assert found["tokens_per_second"] == 10
     assert found["peak_memory_gib"] == 3

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import logging
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from grpo_fast.config import LossConfig
 from grpo_fast.ops import backend
 from grpo_fast.ops.backend import get_backend, resolve_backend
+from grpo_fast.ops.fused_backend import objective_numbers
+from grpo_fast.ops.group_backend import native_token_rows
+from grpo_fast.ops.native_backend import _objective_config
 from grpo_fast.ops.planner import default_workspace_bytes, row_budget, tuning
+from grpo_fast.ops.triton_backend import _objective
 
 GPU = torch.device("cuda", 0)
 MIB = 2**20
@@ -39,6 +45,76 @@ def test_auto_without_triton(gpu: pytest.MonkeyPatch) -> None:
     assert resolve_backend("auto", GPU) == "torch"
     with pytest.raises(ValueError, match=r"'triton' is not available on cuda:0: Triton is not installed; pip install"):
         resolve_backend("triton", GPU)
+
+
+def test_auto_where_triton_cannot_compile(gpu: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """A3: installed is not enough. The next backend serves, losses and groups, and the reason is said once."""
+    pytest.importorskip("triton")
+    gpu.setattr(
+        "grpo_fast.ops.triton_backend._why_not_running", lambda device: "RuntimeError: Failed to find C compiler"
+    )
+    with caplog.at_level(logging.INFO, logger="grpo_fast"):
+        assert resolve_backend("auto", GPU) == resolve_backend("auto", GPU) == "torch"
+    said = "backend auto: using 'torch' on cuda; not 'triton': RuntimeError: Failed to find C compiler"
+    assert [r.message for r in caplog.records] == [said]
+    with pytest.raises(
+        ValueError, match="'triton' is not available on cuda:0: RuntimeError: Failed to find C compiler"
+    ):
+        resolve_backend("triton", GPU)
+
+
+def test_triton_that_does_not_import(gpu: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    gpu.undo()
+    gpu.setattr(torch.cuda, "is_available", lambda: True)
+    gpu.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    gpu.setitem(sys.modules, "grpo_fast.kernels.probe", None)
+    with pytest.raises(ValueError, match="'triton' is not available on cuda:0: Triton does not import: "):
+        resolve_backend("triton", GPU)
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_no_driver_is_a_reason(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """D6: our own words, not torch's exception."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr("grpo_fast.ops.cuda_backend._cuda", object())
+    with pytest.raises(ValueError, match=rf"backend: '{name}' is not available on cuda:0: torch sees no CUDA device"):
+        resolve_backend(name, GPU)
+
+
+@pytest.mark.parametrize("name", ["torch", "cuda", "cpu", "triton"])
+def test_group_rows_are_the_backends_own(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A3: a loss by `torch` or `cuda` launches no Triton kernel for its rows."""
+    pytest.importorskip("triton")
+    from grpo_fast.kernels import group_rows
+
+    asked = []
+    monkeypatch.setattr(group_rows, "token_rows", lambda *args, **given: asked.append("triton"))
+    if get_backend("cpu").why_unavailable(torch.device("cpu")) is not None:
+        pytest.skip("needs grpo_fast._C")
+    rows = native_token_rows(
+        torch.ones(2), torch.tensor([0, 2, 4]), None, None, num_tokens=4, aggregation="token_mean", normalizer=None,
+        every_row=True, backend=name,
+    )  # fmt: skip
+    assert (rows is None) == (name in ("torch", "cuda"))
+    assert asked == ["triton"] * (name == "triton")
+
+
+def test_objectives_kept_for_kernels_are_few() -> None:
+    """A9: an entropy bonus that changes from call to call makes no new entry, and there is an end to the others."""
+    for number in range(300):
+        objective_numbers(LossConfig(entropy_coef=number / 7))
+        objective_numbers(LossConfig(beta=number / 7))
+    assert objective_numbers.cache_info().maxsize == _objective.cache_info().maxsize == 64
+    assert _objective_config.cache_info().maxsize == 64
+    assert objective_numbers(LossConfig(entropy_coef=0.1)) == objective_numbers(LossConfig(entropy_coef=0.2))
+
+
+def test_operators_stay_out_of_cuda_graphs() -> None:
+    """A6: under torch.compile(mode="reduce-overhead") they may wait for the device."""
+    for name in ("forward", "backward", "objective"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.grpo_fast, name).default.tags
 
 
 def test_reasons(gpu: pytest.MonkeyPatch) -> None:

@@ -20,7 +20,10 @@ from benchmarks.baselines.implementations import VERL_TORCH, Outcome
 from benchmarks.cases import Batch, Case
 from grpo_fast.ops.backend import resolve_backend
 
-__all__ = ["CONTENDERS", "Contender", "Outcome"]
+__all__ = ["CONTENDERS", "FEW", "Contender", "Outcome"]
+
+FEW = ("grpo-fast", "TRL eager", "TRL eager bf16")
+"""Who is timed where everyone would take too long."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +98,13 @@ def _why_not_importable(module: str) -> str | None:
 _TRL: dict[str, Any] = {"module": "trl.trainer.utils", "package": "trl", "padded": True}
 _LIGER: dict[str, Any] = {"package": "liger-kernel", "padded": True, "entropy": False, "softcap": False}
 _LIGER_FUSED: dict[str, Any] = {**_LIGER, "module": "liger_kernel.chunked_loss", "block": (2048, 4096, 24)}
+_CUT: dict[str, Any] = {
+    "logit_bytes": 6,
+    "module": "cut_cross_entropy",
+    "package": "cut-cross-entropy",
+    "entropy": False,
+    "compiles": True,
+}
 _CE: dict[str, Any] = {"entropy": False, "softcap": False}
 
 CONTENDERS = {
@@ -108,8 +118,22 @@ CONTENDERS = {
         Contender("TRL eager", lambda b: implementations.trl_eager(b, float32=True), logit_bytes=20, **_TRL),
         Contender("TRL eager bf16", lambda b: implementations.trl_eager(b, float32=False), logit_bytes=11, **_TRL),
         Contender("TRL chunked", implementations.trl_chunked, block=(4096, 32768, 32), **_TRL),
-        Contender("Liger fused", lambda b: implementations.liger_fused(b, whole=False), **_LIGER_FUSED),
-        Contender("Liger fused (one chunk)", lambda b: implementations.liger_fused(b, whole=True), **_LIGER_FUSED),
+        Contender(
+            "Liger fused (compiled)",
+            lambda b: implementations.liger_fused(b, whole=False, compiled=True),
+            compiles=True,
+            **_LIGER_FUSED,
+        ),
+        Contender(
+            "Liger fused (not compiled)",
+            lambda b: implementations.liger_fused(b, whole=False, compiled=False),
+            **_LIGER_FUSED,
+        ),
+        Contender(
+            "Liger fused (one chunk, not compiled)",
+            lambda b: implementations.liger_fused(b, whole=True, compiled=False),
+            **_LIGER_FUSED,
+        ),
         Contender(
             "Liger Triton",
             implementations.liger_triton,
@@ -124,15 +148,8 @@ CONTENDERS = {
             module="torch.nn.modules.linear_cross_entropy",
             **_CE,
         ),
-        Contender(
-            "cut-cross-entropy",
-            implementations.cut_cross_entropy,
-            logit_bytes=6,
-            module="cut_cross_entropy",
-            package="cut-cross-entropy",
-            entropy=False,
-            compiles=True,
-        ),
+        Contender("cut-cross-entropy", implementations.cut_cross_entropy, devices=("cuda",), **_CUT),
+        Contender("cut-cross-entropy (torch.compile)", implementations.cut_cross_entropy, devices=("cpu",), **_CUT),
         Contender(
             "QuACK",
             implementations.quack,

@@ -204,7 +204,7 @@ def torch_lce(batch: Batch) -> Outcome:
 
 def cut_cross_entropy(batch: Batch) -> Outcome:
     cce: Any = importlib.import_module("cut_cross_entropy")
-    impl = "cce" if batch.hidden.is_cuda else "torch_compile"  # its kernels are Triton's
+    impl = "cce" if batch.hidden.is_cuda else "torch_compile"  # its kernels are Triton's; the other is its fallback
     nll = cce.linear_cross_entropy(
         batch.hidden, batch.weight, batch.targets, softcap=batch.head.softcap, reduction="none", impl=impl
     )
@@ -234,18 +234,25 @@ def _liger_options(batch: Batch) -> dict[str, Any]:
     }
 
 
-def liger_fused(batch: Batch, *, whole: bool) -> Outcome:
+_liger_compiled_for: list[torch.Size] = []
+
+
+def liger_fused(batch: Batch, *, whole: bool, compiled: bool) -> Outcome:
     """`LigerFusedLinearGRPOLoss`: one sequence a chunk by default, or all of them (its inner blocks bound memory).
 
-    Not compiled: that concerns its O(T) arithmetic only, and torch 2.13 fails to compile it for a second shape.
+    compiled: its default; that concerns its O(T) arithmetic only. torch 2.13 at times fails to compile it for a second
+    shape, so another shape starts with nothing compiled.
     """
     liger: Any = importlib.import_module("liger_kernel.chunked_loss")
+    if compiled and _liger_compiled_for != [batch.hidden.shape]:
+        torch._dynamo.reset()
+        _liger_compiled_for[:] = [batch.hidden.shape]
     with_ref = batch.config.beta != 0
     loss_fn = liger.LigerFusedLinearGRPOLoss(
         epsilon_low=batch.config.epsilon,
         epsilon_high=batch.config.upper_epsilon,
         use_ref_model=with_ref,
-        compiled=False,
+        compiled=compiled,
         chunk_size=batch.case.sequences if whole else 1,
         **_liger_options(batch),
     )

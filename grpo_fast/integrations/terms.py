@@ -54,7 +54,11 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def clipped_share(terms: Terms, advantages: Tensor, mask: Tensor, config: LossConfig) -> Tensor:
-    """The share of unmasked tokens whose ratio is out of [1 - epsilon, 1 + epsilon_high] on the side that A pushes."""
+    """The share of unmasked tokens whose ratio is out of [1 - epsilon, 1 + epsilon_high] on the side that A pushes; for
+    cispo, which has one bound, those above epsilon_high itself."""
     ratio, sign = terms.ratio.reshape(mask.shape), advantages.sign()
-    out = ((ratio < 1 - config.epsilon) & (sign < 0)) | ((ratio > 1 + config.upper_epsilon) & (sign > 0))
+    if config.loss_type == "cispo":
+        out = (ratio > config.upper_epsilon) & (sign > 0)
+    else:
+        out = ((ratio < 1 - config.epsilon) & (sign < 0)) | ((ratio > 1 + config.upper_epsilon) & (sign > 0))
     return masked_mean(out.to(ratio.dtype), mask)

@@ -218,6 +218,10 @@ class Backend(ABC):
         slopes = RowSlopes(lse, entropy, _scaled(g, scale), None if e is None else _scaled(e, scale))
         return self.gradient(rows, slopes, dtype=dtype, out=out), results
 
+    def scale(self, gradient: Tensor, factor: Tensor) -> Tensor:
+        """gradient * factor (0-dim), in place."""
+        return gradient.mul_(factor)
+
     def fused_forward(
         self, hidden: Tensor, weight: Tensor, targets: Tensor, transform: Transform
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -291,11 +295,6 @@ def get_backend(name: str) -> Backend:
     module, attribute = _FACTORIES[name]
     backend: Backend = getattr(import_module(module), attribute)()
     return backend
-
-
-def kernels_run_on(device: torch.device) -> bool:
-    """Whether the Triton kernels run on a device."""
-    return get_backend("triton").why_unavailable(device) is None
 
 
 @torch.compiler.assume_constant_result  # looked up while tracing, not traced

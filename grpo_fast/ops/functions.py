@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.objectives import Tokens, objective, total_loss
-from grpo_fast.ops.backend import Transform, get_backend, kernels_run_on
+from grpo_fast.ops.backend import Transform, get_backend
 from grpo_fast.ops.devices import traits
 from grpo_fast.ops.gradients import Gradients, Wanted
 from grpo_fast.ops.lean import lean_backward_pass
@@ -258,6 +258,7 @@ class FusedObjective(torch.autograd.Function):
         ctx.save_for_backward(*grads)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
         ctx.has_main_grad, ctx.num_args = main_grad is not None, len(args)
+        ctx.backend = HeadArgs(*args[: len(HeadArgs._fields)]).backend
         ctx.mark_non_differentiable(logprobs, entropy)
         return loss, logprobs, entropy
 
@@ -269,11 +270,16 @@ class FusedObjective(torch.autograd.Function):
         # Unless the graph is kept, autograd frees the saved gradients after this: they may be scaled in place.
         compiling = torch.compiler.is_compiling() or _is_fake(grad_loss)
         in_place = not compiling and not torch._C._autograd._get_current_graph_task_keep_graph()
+        backend = get_backend(ctx.backend)
         unit = not compiling and not traits(grad_loss.device).asynchronous and grad_loss.item() == 1
+
+        def scaled(grad: Tensor) -> Tensor:
+            if unit:
+                return grad
+            return backend.scale(grad, grad_loss) if in_place else grad * grad_loss
+
         grads = [
-            None
-            if grad.numel() == 0 and not wanted
-            else (grad if unit else _times(grad, grad_loss, in_place=in_place)).to(dtype)
+            None if grad.numel() == 0 and not wanted else scaled(grad).to(dtype)
             for grad, dtype, wanted in zip(ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:3], strict=True)
         ]
         if ctx.has_main_grad:
@@ -291,18 +297,6 @@ def _cast_gradients(grads, inputs):  # type: ignore[no-untyped-def]
 
 def _is_fake(tensor: Tensor) -> bool:
     return torch._guards.detect_fake_mode(tensor) is not None
-
-
-def _times(grad: Tensor, factor: Tensor, *, in_place: bool) -> Tensor:
-    """grad * factor; on a GPU with Triton, in place, a factor of 1 (which the host does not know) costs no pass."""
-    if not in_place:
-        return grad * factor
-    if traits(grad.device).asynchronous and grad.is_contiguous() and kernels_run_on(grad.device):
-        from grpo_fast.kernels.scale import scale_unless_one
-
-        scale_unless_one(grad, factor.float().reshape(1))
-        return grad
-    return grad.mul_(factor)
 
 
 def _require_unit_gradient(grad_loss: Tensor) -> None:

@@ -79,7 +79,7 @@ class HeadLaunch:
         """
         if active.listed is not None:
             index, count = active.listed
-            return index[: int(count)]
+            return index[: int(count) if num_rows < 0 else num_rows]
         if not traits(active.mask.device).asynchronous:
             return None
         return active_rows(active.mask, int(active.mask.sum()) if num_rows < 0 else num_rows)

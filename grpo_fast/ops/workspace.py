@@ -19,10 +19,10 @@ see one stream forking and joining.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -191,16 +191,10 @@ def boundaries(num_rows: int, chunk_rows: int, row_counts: list[int] | None = No
         yield start, stop
 
 
-_side_streams = threading.local()
-
-
+@cache
 def _side_stream(streams: Any, device: torch.device) -> Any:
-    """One stream a thread and device: each has a pool of the allocator's memory to itself."""
-    known: dict[Any, Any] = _side_streams.__dict__.setdefault("known", {})
-    key = (streams, device)
-    if key not in known:
-        known[key] = streams.Stream(device)
-    return known[key]
+    """One stream a device: each has a pool of the allocator's memory to itself. Whoever shares it waits by events."""
+    return streams.Stream(device)
 
 
 class RowStream:

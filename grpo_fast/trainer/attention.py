@@ -70,9 +70,7 @@ class PackLayout:
     implementation: str
 
     @staticmethod
-    def build(
-        sequences: Sequence[Sequence[range]], num_tokens: int, *, implementation: str
-    ) -> PackLayout:
+    def build(sequences: Sequence[Sequence[range]], num_tokens: int, *, implementation: str) -> PackLayout:
         """The layout of `num_tokens` pack tokens in which sequence s is the concatenation of the ranges
         `sequences[s]`; every pack token belongs to at least one sequence. It is on the CPU (`tensors`, `with_tensors`).
         """
@@ -110,7 +108,7 @@ class PackLayout:
         values = {item.name: getattr(self, item.name) for item in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
-    def with_tensors(self, tensors: dict[str, Tensor]) -> PackLayout:
+    def with_tensors(self, tensors: dict[str, Any]) -> PackLayout:
         """The layout with other tensors, `tensors()` on a device."""
         return replace(self, **tensors)
 

@@ -116,7 +116,7 @@ class MicroBatch:
         )
         return states[0][self.rows]
 
-    def loss_inputs(self, experience: Experience) -> dict[str, Tensor | None]:
+    def loss_inputs(self, experience: Experience) -> dict[str, Any]:
         """What `grpo_loss` needs of the experience, by its argument, on the pack's device: one copy."""
         taken = {"advantages": experience.advantages[self.completions]}
         for name in ("old_logprobs", "ref_logprobs", "sampling_logprobs"):

@@ -264,9 +264,9 @@ class TrainConfig:
     """`auto` (a GPU if there is one), `cpu`, `cuda`, `cuda:1`, ..."""
     full_determinism: bool = False
     """Equal training runs, and a resumed one, agree to the last bit on the same GPU model and software: torch's strict
-    deterministic algorithms (attention's backward included), cuBLAS's repeatable workspace, no TF32, no cuDNN benchmark;
-    slower. What cannot be repeated ends the run with its name. Not covered: an engine or rewards of your own. A CPU's
-    runs agree without it, given the same number of threads."""
+    deterministic algorithms (attention's backward included), cuBLAS's repeatable workspace, no TF32, no cuDNN
+    benchmark; slower. What cannot be repeated ends the run with its name. Not covered: an engine or rewards of your
+    own. A CPU's runs agree without it, given the same number of threads."""
     backend: str = "auto"
     """Backend of the loss (`grpo_loss(backend=...)`)."""
     plan: str = "auto"

@@ -4,9 +4,9 @@ What it rests on, as torch 2.11 to 2.14 have it:
 
 - `torch.use_deterministic_algorithms(True)`, strict. With `warn_only=True` the backwards of attention stay what they
   are: atomic. Strict, flash attention (SDPA's and `varlen_attn`'s) takes its deterministic backward, memory-efficient
-  attention walks the keys without splitting them, and SDPA passes cuDNN's attention over (ATen's `attention_backward.cu`
-  and `sdp_utils.cpp`); the flash-attn package is told by its argument `deterministic`. What has no deterministic
-  implementation raises, and the error is passed on as one of the recipe.
+  attention walks the keys without splitting them, and SDPA passes cuDNN's attention over (ATen's
+  `attention_backward.cu` and `sdp_utils.cpp`); the flash-attn package is told by its argument `deterministic`. What has
+  no deterministic implementation raises, and the error is passed on as one of the recipe.
 - `CUBLAS_WORKSPACE_CONFIG`, which cuBLAS and torch read once, at the process's first product on a GPU. Hence set before
   the model is loaded, and refused where CUDA runs already without it.
 - No cuDNN benchmark, which chooses kernels by their speed, and no TF32, so that nothing outside the recipe decides.
@@ -29,7 +29,10 @@ VARIABLE = "CUBLAS_WORKSPACE_CONFIG"
 REPEATABLE = (":4096:8", ":16:8")
 """The values with which NVIDIA promises repeatable products from several streams."""
 # Of the two errors that strict mode raises: an operation without a deterministic implementation, and cuBLAS's variable.
-_REFUSALS = ("does not have a deterministic implementation", "this operation is not deterministic because it uses CuBLAS")
+_REFUSALS = (
+    "does not have a deterministic implementation",
+    "this operation is not deterministic because it uses CuBLAS",
+)
 
 
 @contextlib.contextmanager
@@ -89,7 +92,7 @@ def _set_workspace() -> None:
         raise ConfigError(f"full_determinism: {expected}; got {value!r}")
     if torch.cuda.is_initialized():
         raise ConfigError(
-            f"full_determinism: {expected} before CUDA is first used, which it has been; set it in the environment that "
-            "the program starts in"
+            f"full_determinism: {expected} before CUDA is first used, which it has been; set it in the environment "
+            "that the program starts in"
         )
     os.environ[VARIABLE] = REPEATABLE[0]

@@ -251,7 +251,7 @@ def _only_in_cache(name: str) -> bool:
         except HfHubHTTPError as error:  # the hub's answer; gated models and those without access have their own
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise ModelError(f"model.path: there is no folder {name} here, and the hub answers: {lines[0]}") from error
-        except Exception as error:  # noqa: BLE001 - the classes of connection errors differ from release to release
+        except Exception as error:
             why = f"{constants.ENDPOINT} cannot be reached ({str(error) or type(error).__name__})"
     if not isinstance(try_to_load_from_cache(name, "config.json"), str):
         raise ModelError(

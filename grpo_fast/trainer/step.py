@@ -7,7 +7,6 @@ takes its quantile within a pack.)
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Sequence
 
@@ -127,29 +126,24 @@ class Updater:
         self, experience: Experience, pack: MicroBatch, packs: Sequence[MicroBatch], completions: Sequence[int]
     ) -> Metrics:
         """Forward and backward of one pack; the loss's metrics."""
-        loss = self._config.loss
-        share = pack.num_rows / max(sum(other.num_rows for other in packs), 1)
-        # The entropy bonus is a mean over the call's tokens: weighted by its share it is the mean over the step's.
-        pack_loss = dataclasses.replace(loss, entropy_coef=loss.entropy_coef * share) if loss.entropy_coef else loss
         states = pack.states(self.policy.model)
         head = self.policy.head()
         output = grpo_loss(
             states,
-            head.weight,
+            head,
             pack.targets,
             cu_seqlens=pack.cu_seqlens,
             **pack.loss_inputs(experience),
-            bias=head.bias,
-            head=head.config,
-            config=pack_loss,
+            config=self._config.loss,
             normalizer=self._normalizer(experience, completions),
+            entropy_normalizer=self._entropy_normalizer(packs),
+            ignore_index=None,  # a pack's rows are completion tokens, all of them: nothing to wait for
             main_grad=self.weights.main_grad(head.weight),
             backend=self._config.backend,
             plan=self._config.plan,
             workspace_bytes=self._config.workspace_bytes,
         )
         output.loss.backward()
-        output.metrics.config = loss
         return output.metrics
 
     def _try_loss(self) -> None:
@@ -188,6 +182,18 @@ class Updater:
             return float(len(completions) * (loss.max_completion_length or 1))
         return float(max(_num_tokens(experience, completions), 1))
 
+    def _entropy_normalizer(self, packs: Sequence[MicroBatch]) -> float | None:
+        """What the entropy bonus divides by: the tokens of the step that it acts on.
+
+        With a quantile these are, in each pack, the tokens from the (n - 1)(1 - quantile)th smallest entropy on; those
+        that equal it, as completions' first tokens may, are more than are counted here.
+        """
+        loss: LossConfig = self._config.loss
+        if loss.entropy_coef == 0:
+            return None
+        below = 1 - loss.top_entropy_quantile
+        return float(max(sum(pack.num_rows - math.ceil((pack.num_rows - 1) * below) for pack in packs), 1))
+
     def _merge(self, experience: Experience, completions: Sequence[int], parts: Sequence[Metrics]) -> dict[str, float]:
         """The loss's metrics of all packs; shares are of all the step's tokens, means of those computed."""
         if not parts:  # every advantage is zero
@@ -214,14 +220,12 @@ class Updater:
             for completions in minibatches:
                 for pack in self._packs(experience, completions):
                     states = pack.states(policy.model)
-                    head = policy.head()
                     result = token_logprobs(
                         states,
-                        head.weight,
+                        policy.head(),
                         pack.targets,
-                        bias=head.bias,
-                        head=head.config,
-                        temperature=self._config.loss.temperature,
+                        config=self._config.loss,
+                        ignore_index=None,
                         entropy=False,
                         backend=self._config.backend,
                         workspace_bytes=self._config.workspace_bytes,

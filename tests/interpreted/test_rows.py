@@ -165,6 +165,31 @@ def test_a_target_of_another_block(softcap: float | None) -> None:
     assert torch.equal(torch.cat(parts, 1), whole)
 
 
+# policy, epsilon, delta, dual clip, advantage, d term / d logprob at ratio 1: csrc/tests/test_objective.cpp's corners.
+BOUNDS = {
+    "on both clip bounds": ("clipped", 0.0, None, 3.0, 2.0, -2.0),
+    "on delta": ("clipped", 0.2, 1.0, 3.0, 2.0, -2.0),
+    "delta below the ratio": ("clipped", 0.2, 0.5, 3.0, 2.0, 0.0),
+    "delta below the ratio, A < 0": ("clipped", 0.2, 0.5, 3.0, -2.0, 2.0),
+    "on the dual bound": ("ppo_dual", 0.2, None, 1.0, -2.0, 1.0),
+}
+
+
+@pytest.mark.parametrize("corner", BOUNDS)
+def test_a_clamp_passes_its_slope_on_its_bounds(corner: str) -> None:
+    policy, epsilon, delta, dual_clip, advantage, slope = BOUNDS[corner]
+    numbers = PLAIN | {"clip_low": 1 - epsilon, "clip_high": 1 + epsilon, "delta": delta, "dual_clip": dual_clip}
+    objective = row_objective.Objective(
+        policy, "none", True, "none", objective_parameters(numbers, torch.device("cpu"))
+    )
+    rows = Rows(torch.zeros(1, 4), torch.tensor([2]))
+    tokens = {"weights": torch.ones(1), "advantages": torch.tensor([advantage]), "old_logprobs": None}
+    tokens |= dict.fromkeys(("ref_logprobs", "sampling_logprobs", "importance"))
+    dx = torch.full((1, 4), torch.nan)
+    row_objective.row_objective_of(rows, objective, tokens, dx, entropy_gradient=None, grad_scale=None)
+    assert dx[0].tolist() == pytest.approx([-slope / 4, -slope / 4, 3 * slope / 4, -slope / 4])
+
+
 def test_results_go_where_they_are_wanted() -> None:
     """Slices of a call's buffers, at any element."""
     rows = make_rows(5, 97)

@@ -1,0 +1,48 @@
+"""The tables of both PREDICTIONS.md are those of their formulas, and the formulas are sane."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from grpo_fast.kernels import predictions
+
+ROOT = Path(__file__).resolve().parent.parent
+TABLES = {
+    "rows": ("kernels", predictions.row_table),
+    "step": ("kernels", predictions.step_table),
+    "other": ("kernels", predictions.other_table),
+    "cuda": ("csrc", predictions.cuda_table),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_tables_come_from_formulas(name: str) -> None:
+    folder, table = TABLES[name]
+    assert table() in (ROOT / folder / "PREDICTIONS.md").read_text(), "python -m grpo_fast.kernels.predictions"
+
+
+def test_plans_are_the_planners() -> None:
+    import torch
+
+    from grpo_fast.ops.planner import row_budget
+
+    for workspace in (predictions.SMALL_WORKSPACE, predictions.WORKSPACE):
+        budget = row_budget("triton", predictions.V, 2048, torch.bfloat16, torch.device("cuda", 0), workspace)
+        assert predictions.plan(workspace) == predictions.Plan(budget.tile_rows, budget.staged_rows)
+        assert budget.num_buffers == 1
+
+
+@pytest.mark.parametrize("card", predictions.CARDS, ids=lambda card: card.name)
+@pytest.mark.parametrize("width", predictions.WIDTHS)
+def test_nothing_beats_its_floor(card: predictions.Card, width: int) -> None:
+    small, large = (
+        predictions.step(card, width, size) for size in (predictions.SMALL_WORKSPACE, predictions.WORKSPACE)
+    )
+    for step in (small, large):
+        products = step.logits + step.grad_hidden + step.grad_weight
+        assert step.floor < products < 1.4 * step.floor
+    assert large.total < small.total
+    assert 0.3 < predictions.frozen_head(card, width) < 1
+    assert 0.3 < predictions.without_gradient(card, width) < 1
