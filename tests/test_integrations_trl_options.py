@@ -117,6 +117,7 @@ CASES: dict[str, tuple[dict[str, Any], Make, Callable[[Any], None] | None]] = {
     "delta": ({"delta": 1.1, "epsilon_high": 0.3, **OFF_POLICY}, plain, None),
     "steps-per-generation": ({"steps_per_generation": 4, **ACCUMULATION, "max_steps": 4}, plain, None),
     "entropy-bonus": ({"entropy_coef": 0.05, "top_entropy_quantile": 0.5, **ACCUMULATION}, plain, None),
+    "entropy-bonus-of-all": ({"entropy_coef": 0.05, **ACCUMULATION}, plain, None),
     "adaptive-entropy": ({**ADAPTIVE, **ACCUMULATION, "max_steps": 5}, plain, None),
     "off-policy-mask": ({"off_policy_mask_threshold": 0.01, **OFF_POLICY}, plain, None),
     "rewards": ({"reward_funcs": [trl_runs.letters, trl_runs.vowels], "reward_weights": [0.5, 2.0]}, plain, None),

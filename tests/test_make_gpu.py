@@ -288,6 +288,16 @@ def test_files_are_replaced_as_a_whole(tmp_path: Path) -> None:
     assert (tmp_path / "new" / "file").read_text() == "text"
 
 
+@pytest.fixture
+def apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `main` changes of this process is as before afterwards."""
+    for name, value in (("PYTHONPATH", ""), ("TRITON_INTERPRET", "0")):
+        monkeypatch.setenv(name, os.environ.get(name, value))
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path])
+
+
+@pytest.mark.usefixtures("apart")
 def test_unknown_parts_are_refused() -> None:
     with pytest.raises(SystemExit, match=r"--part: expected some of build, run, .*; got flor"):
         command.main(["--part", "flor", "--stand-in"])
@@ -300,6 +310,15 @@ def test_without_a_gpu_it_says_so() -> None:
         SystemExit, match=r"needs a CUDA device; torch .* (is built without CUDA|sees no driver or GPU)"
     ):
         the_device(stand_in=False)
+
+
+@pytest.mark.usefixtures("apart")
+def test_results_go_to_the_devices_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(command, "_run", lambda *arguments: calls.append(arguments))
+    monkeypatch.setattr(summary, "write_summary", lambda out: str(out))
+    assert command.main(["--stand-in", "--tiny", "--part", "floor,rows"]) == 0
+    assert calls[0][1:] == (["floor", "rows"], ROOT / "benchmarks" / "results" / "stand-in")
 
 
 def test_make_calls_it() -> None:
@@ -511,6 +530,20 @@ def test_tiny_workspaces_make_several_chunks(tmp_path: Path) -> None:
 
 
 # -- what parts start -------------------------------------------------------------------------------------------------
+
+
+def test_what_a_part_starts_ends_with_its_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what that started; it goes on next time, unless it had all the time that there is."""
+    script = f"sleep 60 & echo $! > {tmp_path / 'child'}; wait"
+    for all_the_time, error in ((60.0, Unfinished), (1.0, RuntimeError)):
+        context = Context(Quiet(), TINY, tmp_path, Clock.of(1.0))
+        monkeypatch.setattr(parts, "PART_SECONDS", all_the_time)
+        with pytest.raises(error, match="was not done in"):
+            parts.start(context, ["sh", "-c", script])
+        child = Path(f"/proc/{(tmp_path / 'child').read_text().strip()}/stat")
+        assert not child.exists() or child.read_text().split()[2] == "Z"
+    context = Context(Quiet(), TINY, tmp_path, Clock.of(60))
+    assert parts.start(context, ["sh", "-c", "echo $A; exit 3"], variables={"A": "value"}) == (3, "value\n")
 
 
 def test_the_sanitized_program_runs() -> None:

@@ -13,6 +13,7 @@ from grpo_fast.trainer.errors import ConfigError
 from grpo_fast.trainer.loop import make_updater
 from grpo_fast.trainer.step import Updater
 from tests import tiny
+from tests.stand_in import stand_in
 from tests.tiny import configured
 
 PROMPTS, COMPLETIONS = (3, 6), (5, 1, 4, 7, 2, 6, 6, 3)  # four a prompt
@@ -216,3 +217,41 @@ def test_the_bonus_is_a_mean_over_the_tokens_it_acts_on(updaters, monkeypatch, q
     assert len(sizes) > 1
     kept = [high_entropy_mask(torch.rand(size), torch.ones(size, dtype=torch.bool), quantile) for size in sizes]
     assert seen == [float(sum(int(mask.sum()) for mask in kept))] * len(sizes)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_the_first_of_several_steps_has_ratio_one(updaters, temperature):
+    """Scored at the loss's own temperature, in the same packs, to the last bit."""
+    updater = updaters(rollout__temperature=temperature, num_iterations=2, max_tokens_per_microbatch=20)
+    assert updater._config.loss.temperature == temperature
+    data = experience()
+    data.old_logprobs = data.ref_logprobs = None
+    updater.prepare(data, [range(4), range(4, 8)])
+    scored = data.old_logprobs.isfinite()
+    assert scored.any()
+    assert not scored.all()  # what no step will ask for
+    for completions in (range(4), range(4, 8)):
+        metrics = updater.gradients(data, completions)
+        assert metrics["ratio/min"] == metrics["ratio/max"] == 1
+
+
+@pytest.mark.parametrize("loss", [{"loss_type": "dapo", "entropy_coef": 0.2}, {"loss_type": "grpo", "beta": 0.3}])
+def test_a_packs_step_never_makes_a_gpu_wait(updaters, monkeypatch, loss):
+    """On the stand-in GPU, in bfloat16 with float32 buffers: forward, loss and backward of every pack."""
+    updater = updaters(loss=loss, model__dtype="bfloat16", backend="torch", max_tokens_per_microbatch=20)
+    data = experience()
+    data.ref_logprobs = data.ref_logprobs if "beta" in loss else None
+    expected = updater.gradients(data, range(8))
+    wanted = [gradient.clone() for gradient in updater.weights.gradients()]
+    normalizer = updater._normalizer(data, range(8))  # counted in the experience, on a CPU
+    monkeypatch.setattr(updater, "_normalizer", lambda *arguments: normalizer)
+    packs = updater._packs(data, range(8))
+    assert len(packs) > 1
+    updater.weights.start_step()
+    with updater.policy.packing(), stand_in() as gpu:
+        parts = [updater._backward(data, pack, packs, range(8)) for pack in packs]
+    assert not gpu.waits
+    assert updater._merge(data, range(8), parts)["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+    for mine, theirs in zip(updater.weights.gradients(), wanted, strict=True):
+        # bfloat16's own error is the limit: a GPU keeps the gradient of the logits in it.
+        assert float((mine - theirs).norm()) <= 3e-2 * float(theirs.norm()) + 1e-6

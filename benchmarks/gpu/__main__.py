@@ -33,6 +33,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--stand-in", action="store_true", help="a model of a GPU on the CPU: the times mean nothing")
     parser.add_argument("--tiny", action="store_true", help="tiny shapes: shows that the code runs")
     parser.add_argument("--in-process", action="store_true", help="parts in this process: for a debugger, and CI")
+    parser.add_argument("--name", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--worker", nargs=4, metavar=("PART", "SECONDS", "AGAIN", "RETRY"), help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -56,14 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         raise SystemExit(
             f"make gpu: {sys.executable} has no torch ({error}); PYTHON=... picks another interpreter"
         ) from error
-    from benchmarks.gpu.device import the_device
-
-    device = the_device(stand_in=options.stand_in)
-    out = (options.out or ROOT / "benchmarks" / "results" / device.slug).resolve()
+    if options.name:
+        print(_device(options).slug)
+        return 0
+    out = (options.out or ROOT / "benchmarks" / "results" / _slug(options)).resolve()
     if options.worker:
-        return _worker(options, device, out)
+        return _worker(options, out)
     if not options.summary:
-        del device  # the workers have the GPU to themselves
         _run(options, names, out)
     from benchmarks.gpu.summary import write_summary
 
@@ -79,25 +79,43 @@ def _import_source() -> None:
         runpy.run_path(str(SOURCE / "sitecustomize.py"))
 
 
-def _worker(options: argparse.Namespace, device: Any, out: Path) -> int:
+def _device(options: argparse.Namespace) -> Any:
+    from benchmarks.gpu.device import the_device
+
+    return the_device(stand_in=options.stand_in)
+
+
+def _slug(options: argparse.Namespace) -> str:
+    """The device's name, asked for in another process: this one leaves the GPU to the workers."""
+    flags = ["--stand-in"] * options.stand_in
+    line = [sys.executable, "-m", "benchmarks.gpu", "--name", *flags]
+    done = subprocess.run(line, cwd=ROOT, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode != 0:
+        raise SystemExit(done.returncode)  # it has said why
+    return done.stdout.strip().splitlines()[-1]
+
+
+def _worker(options: argparse.Namespace, out: Path) -> int:
     from benchmarks.gpu.parts import PARTS
     from benchmarks.gpu.worker import die_with_parent, run_part
 
     if not options.in_process:
         die_with_parent()
     part, seconds, again, retry = options.worker
-    return run_part(PARTS[part], device, out, float(seconds), tiny=options.tiny, again=float(again), retry=float(retry))
+    marks = {"again": float(again), "retry": float(retry)}
+    return run_part(PARTS[part], _device(options), out, float(seconds), tiny=options.tiny, **marks)
 
 
 def _run(options: argparse.Namespace, names: Sequence[str], out: Path) -> None:
     """The parts, until they are done or the budget is."""
     from benchmarks.gpu.parts import PART_SECONDS, PARTS
+    from benchmarks.gpu.worker import DONE, RESTART, UNFINISHED
 
     start = time.monotonic()
     now = str(time.time())
     marks = [now if options.again else "0", now if options.again or options.retry else "0"]
     for name in names:
-        part_end = time.monotonic() + (options.part_seconds or PART_SECONDS)
+        part_end, before = time.monotonic() + (options.part_seconds or PART_SECONDS), None
         for _ in range(RESTARTS):
             left = min(options.budget - (time.monotonic() - start), part_end - time.monotonic())
             if left < min(LEAST_SECONDS, options.budget / 2):
@@ -105,9 +123,13 @@ def _run(options: argparse.Namespace, names: Sequence[str], out: Path) -> None:
                 break
             print(f"{name}: {PARTS[name].title} (at most {left:.0f} s)", flush=True)
             code = _start(options, out, [name, f"{left:.1f}", *marks], left)
-            if code in (0, 3):
+            if code in (DONE, UNFINISHED):
+                break
+            if code > 0 and code == before != RESTART:
+                print(f"{name}: its process ended with {code} again; see above", flush=True)
                 break
             print(f"{name}: its process ended with {code}; what is left goes on in another", flush=True)
+            before = code
 
 
 def _start(options: argparse.Namespace, out: Path, worker: list[str], seconds: float) -> int:

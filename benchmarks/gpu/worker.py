@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -118,9 +119,11 @@ def _run_task(task: Task, context: Context, store: Store) -> str:
     except Exception:
         status, reason = "failed", traceback.format_exc()
     store.finish(task.key, status, result, reason)
+    if not context.device.stand_in:
+        gc.collect()
     last = reason.strip().splitlines()[-1][:150] if reason else ""
     print(f"  {task.key}: {status} {last} ({time.monotonic() - start:.1f} s)", flush=True)
-    if status == "failed" and not context.device.stand_in:
+    if not context.device.stand_in:
         try:
             context.device.synchronize()
         except Exception:

@@ -64,7 +64,8 @@ class Objective:
         advantages: `[B]` or `[B, C]`.
         loss_mask: `[B, C]`.
         config: the objective, its temperature included.
-        old_logprobs, ref_logprobs, sampling_logprobs: `[B, C]` or None. normalizer: as in `grpo_loss`.
+        old_logprobs, ref_logprobs, sampling_logprobs: `[B, C]` or None.
+        normalizer, entropy_normalizer: as in `grpo_loss`.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Objective:
         ref_logprobs: Tensor | None = None,
         sampling_logprobs: Tensor | None = None,
         normalizer: Tensor | float | None = None,
+        entropy_normalizer: Tensor | float | None = None,
     ) -> None:
         self.advantages = advantages
         self.loss_mask = loss_mask
@@ -86,6 +88,7 @@ class Objective:
             "ref_logprobs": ref_logprobs,
             "sampling_logprobs": sampling_logprobs,
             "normalizer": normalizer,
+            "entropy_normalizer": entropy_normalizer,
         }
 
     def loss(self, hidden: Tensor, weight: Tensor, targets: Tensor, **head: Any) -> LossOutput:

@@ -104,9 +104,10 @@ def objective_pass(
     results = ObjectiveResults(call.new_rows(), call.new_rows(), call.new_rows(torch.bool))
     if call.rows is not None:
         tokens, weights = tokens.rows(call.rows, row_counts), weights[call.rows]
+    regulariser = config.dppo_log_ratio_coef if config.loss_type == "dppo" else 0.0
     scale = call.grad_scale(
         weights * tokens.advantages,
-        weights * config.beta if config.beta else None,
+        weights * (config.beta + regulariser),
         config.entropy_coef / tokens.bonus_count if config.entropy_coef else None,
     )
 

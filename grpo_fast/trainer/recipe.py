@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from grpo_fast.config import LossConfig
 from grpo_fast.trainer.config import RewardConfig, TrainConfig
 from grpo_fast.trainer.errors import ConfigError
 
@@ -131,7 +132,10 @@ def _build(given: Any, overrides: Sequence[str]) -> TrainConfig:
     except OmegaConfBaseException as error:
         raise ConfigError(f"{error.full_key or 'recipe'}: {_one_line(error)}") from error
     except ValueError as error:
-        raise ConfigError(_one_line(error)) from error
+        line = _one_line(error)
+        # The loss's options are checked where recipes are not known.
+        of_loss = line.partition(":")[0] in {item.name for item in dataclasses.fields(LossConfig)}
+        raise ConfigError(f"loss.{line}" if of_loss else line) from error
 
 
 def _recipe_file(file: Path) -> Path:

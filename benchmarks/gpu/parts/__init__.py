@@ -7,9 +7,12 @@ anything else if it failed.
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -83,6 +86,37 @@ class Context:
         return [name for name in (names or present) if name in present and name not in left_out]
 
 
+def start(
+    context: Context, command: Sequence[str], *, variables: Mapping[str, str] | None = None, shown: bool = False
+) -> tuple[int, str]:
+    """Run a command in the checkout for as long as there is time; returns (exit status, what it printed).
+
+    Args:
+        variables: of the environment, besides ours. shown: what it prints goes to this process's output instead.
+
+    Raises:
+        Unfinished: time was over, and there may be more next time.
+        RuntimeError: it took all of a part's time.
+    """
+    left = max(context.clock.left(), 1.0)
+    process = subprocess.Popen(
+        command, cwd=REPO, env={**os.environ, **(variables or {})}, text=True, start_new_session=True,
+        stdout=None if shown else subprocess.PIPE, stderr=None if shown else subprocess.STDOUT,
+    )  # fmt: skip
+    try:
+        output = process.communicate(timeout=left)[0]
+    except subprocess.TimeoutExpired:
+        words = f"{' '.join(command)} was not done in {left:.0f} s"
+        if left < 0.75 * PART_SECONDS:
+            raise Unfinished(words) from None
+        raise RuntimeError(words) from None
+    finally:
+        if process.poll() is None:  # with all that it started
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    return process.returncode, output or ""
+
+
 @dataclass(frozen=True)
 class Task:
     """A measurement: a key, about how many seconds it takes, and how it is made."""
@@ -94,6 +128,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Part:
+    """A row of the table. `needs_device`: all of it runs in the device's environment."""
+
     name: str
     title: str
     needs_device: bool = True
@@ -107,7 +143,7 @@ PARTS = {
     part.name: part
     for part in (
         Part("build", "the extensions", needs_device=False),
-        Part("run", "does it run at all"),
+        Part("run", "does it run at all", needs_device=False),
         Part("floor", "the step against the library GEMMs"),
         Part("rows", "row kernels against copies of equal bytes"),
         Part("right", "pytest -m gpu", needs_device=False),
@@ -119,4 +155,4 @@ PARTS = {
     )
 }
 
-__all__ = ["PARTS", "PART_SECONDS", "REPO", "Clock", "Context", "Part", "Skip", "Task", "Unfinished"]
+__all__ = ["PARTS", "PART_SECONDS", "REPO", "Clock", "Context", "Part", "Skip", "Task", "Unfinished", "start"]

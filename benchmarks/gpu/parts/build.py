@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
-import subprocess
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.parts import REPO, Context, Skip, Task
+from benchmarks.gpu.parts import REPO, Context, Skip, Task, start
 
 MODULES = {
     "_C": ("GRPO_FAST_CPU", "GRPO_FAST_CUDA", ("*.cpp", "*.h"), "module.isa()"),
@@ -79,21 +77,16 @@ def extension(context: Context, name: str) -> dict[str, Any]:
         if lacking:
             raise Skip(f"{' and '.join(lacking)} not installed")
         command = [context.python, "setup.py", "build_ext", "--inplace", "--force"]
-        done = subprocess.run(
-            command, cwd=REPO, env=os.environ | {strict: "1", other: "0"}, text=True, check=False,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=max(context.clock.left(), 1),
-        )  # fmt: skip
-        log = done.stdout[-3000:]
-        if done.returncode != 0:
-            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{log}")
+        code, printed = start(context, command, variables={strict: "1", other: "0"})
+        log = printed[-3000:]
+        if code != 0:
+            raise RuntimeError(f"{' '.join(command)} ended with {code}:\n{log}")
         file = built_file(name)
-    code = f"import torch, grpo_fast.{name} as module; print({question})"
-    asked = subprocess.run(
-        [context.python, "-c", code], cwd=REPO, capture_output=True, text=True, check=False, timeout=120
-    )
-    if asked.returncode != 0:
-        raise RuntimeError(f"grpo_fast.{name} does not import: {asked.stderr[-2000:]}")
-    return {"built": built, "file": None if file is None else file.name, "says": asked.stdout.strip(), "log": log}
+    # In another process: this one may have looked for the module before it was there.
+    code, said = start(context, [context.python, "-c", f"import grpo_fast.{name} as module; print({question})"])
+    if code != 0:
+        raise RuntimeError(f"grpo_fast.{name} does not import: {said[-2000:]}")
+    return {"built": built, "file": None if file is None else file.name, "says": said.strip(), "log": log}
 
 
 def _nvcc() -> str | None:

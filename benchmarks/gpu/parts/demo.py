@@ -1,20 +1,18 @@
 """The trainer, a few steps: SmolLM2-135M on recipes/demo.yaml where the model is installed, and a tiny model of ours.
 
-Result: seconds_per_step, reward (first and last), rows (metrics of each step), device.
+Result: steps, rows (the metrics of each), log (its end).
 """
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import shutil
-import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.parts import REPO, Context, Skip, Task
+from benchmarks.gpu.parts import Context, Skip, Task, start
 
 TINY = """
 import sys, tempfile
@@ -66,16 +64,12 @@ def _train(context: Context, command: list[str], folder: Path) -> dict[str, Any]
     """Run a training; its metrics stay in the result, its folder goes."""
     shutil.rmtree(folder, ignore_errors=True)
     offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
-    done = subprocess.run(
-        command, cwd=REPO, env=os.environ | offline, text=True, check=False, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, timeout=max(context.clock.left(), 1),
-    )  # fmt: skip
-    lacking = "No module named" in done.stdout or "is not installed" in done.stdout
-    if done.returncode != 0 and lacking:
-        raise Skip(done.stdout.strip().splitlines()[-1])
+    code, printed = start(context, command, variables=offline)
+    if code != 0 and ("No module named" in printed or "is not installed" in printed):
+        raise Skip(printed.strip().splitlines()[-1])
     metrics = folder / "metrics.jsonl"
-    if done.returncode != 0 or not metrics.exists():
-        raise RuntimeError(f"training ended with {done.returncode}:\n{done.stdout[-3000:]}")
+    if code != 0 or not metrics.exists():
+        raise RuntimeError(f"training ended with {code}:\n{printed[-3000:]}")
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     shutil.rmtree(folder, ignore_errors=True)
-    return {"steps": len(rows), "rows": rows, "log": done.stdout[-1000:]}
+    return {"steps": len(rows), "rows": rows, "log": printed[-1000:]}

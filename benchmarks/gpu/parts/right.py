@@ -5,14 +5,12 @@ Result of `tests`: passed, failed, skipped (counts), failures {test: the end of 
 
 from __future__ import annotations
 
-import os
-import subprocess
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 from benchmarks.gpu.noted_tests import LOG_VARIABLE, SECONDS_VARIABLE, STAMP_VARIABLE, outcomes
-from benchmarks.gpu.parts import REPO, Context, Task, Unfinished
+from benchmarks.gpu.parts import Context, Task, Unfinished, start
 
 SELECTION = ("tests/test_gpu.py", "tests/test_gpu_cuda.py", "tests/test_kernels_group.py")
 STAND_IN_SELECTION = ("tests/test_gpu.py", "-k", "stand-in and (wide_products or per_token_temperature)")
@@ -33,16 +31,11 @@ def run_tests(context: Context) -> dict[str, Any]:
         left = context.clock.left() - 10
         if left < 10:
             raise Unfinished(_progress(outcomes(log, stamp)))
-        environment = os.environ | {
-            LOG_VARIABLE: str(log),
-            STAMP_VARIABLE: stamp,
-            SECONDS_VARIABLE: str(left),
-            "TRITON_INTERPRET": "1" if stand_in else "0",
-        }
-        done = subprocess.run(command, cwd=REPO, env=environment, check=False, timeout=left + 120)
+        variables = {LOG_VARIABLE: str(log), STAMP_VARIABLE: stamp, SECONDS_VARIABLE: str(left)}
+        code, _ = start(context, command, variables=variables | {"TRITON_INTERPRET": "0"}, shown=True)
         found = outcomes(log, stamp)
-        if done.returncode in (2, 3, 4) and not found:
-            raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}: see the output above")
+        if code in (2, 3, 4) and not found:
+            raise RuntimeError(f"{' '.join(command)} ended with {code}: see the output above")
         if found.get("complete"):
             if not _counts(found):
                 raise RuntimeError(f"{' '.join(command)} found no test")

@@ -40,7 +40,11 @@ def doctor() -> dict[str, Any]:
 
 
 def _task(context: Context, backend: str, dtype: torch.dtype, plan: str) -> Callable[[], dict[str, Any]]:
-    return lambda: one_step(context, backend, dtype, plan)
+    def run() -> dict[str, Any]:
+        with context.device.environment():  # not around doctor, which looks at the CPU as well
+            return one_step(context, backend, dtype, plan)
+
+    return run
 
 
 def one_step(context: Context, backend: str, dtype: torch.dtype, plan: str) -> dict[str, Any]:

@@ -8,12 +8,11 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.parts import REPO, Context, Skip, Task
+from benchmarks.gpu.parts import Context, Skip, Task, start
 
 TOOLS = ("memcheck", "racecheck", "synccheck")
 
@@ -43,15 +42,11 @@ def sanitize(context: Context, backend: str, tool: str) -> dict[str, Any]:
     program = [context.python, "-m", "benchmarks.gpu.sanitized", backend]
     command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *program]
     # Every tensor an allocation of its own, or what lies behind one is still the allocator's.
-    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run(
-        command, cwd=REPO, env=environment, text=True, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        timeout=max(context.clock.left(), 1),
-    )  # fmt: skip
-    log = done.stdout[-3000:]
-    if "Device not supported" in done.stdout:
+    code, printed = start(context, command, variables={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"})
+    log = printed[-3000:]
+    if "Device not supported" in printed:
         raise Skip(f"compute-sanitizer does not support this device here: {log[-300:]}")
-    counted = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", done.stdout)
-    if done.returncode != 0 or "sanitized: done" not in done.stdout:
-        raise RuntimeError(f"{tool} on {backend} ended with {done.returncode}:\n{log}")
+    counted = re.search(r"(?:ERROR|RACECHECK) SUMMARY: (\d+)", printed)
+    if code != 0 or "sanitized: done" not in printed:
+        raise RuntimeError(f"{tool} on {backend} ended with {code}:\n{log}")
     return {"errors": int(counted[1]) if counted else None, "log": log}

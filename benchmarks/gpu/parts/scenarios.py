@@ -5,6 +5,7 @@ The full step of every head first, then the other scenarios, head by head.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -33,10 +34,13 @@ def beside_competitors(context: Context, case: Case) -> dict[str, Any]:
     shortage = measurement.too_large()
     if shortage:
         raise Skip(f"the inputs and the floor's operands: {shortage}")
-    measurement.prepare()
-    for _ in range(context.shapes.rounds):
-        measurement.round()
-    record = measurement.record()
+    try:
+        measurement.prepare()
+        for _ in range(context.shapes.rounds):
+            measurement.round()
+        record = measurement.record()
+    finally:
+        gc.unfreeze()  # `prepare` froze what was there, tensors and all
     print(text_table(record))
     own = [c for c in record["contenders"] if c["name"].startswith("grpo-fast") and c["status"] == "failed"]
     return record | {"failures": {c["name"]: c["reason"] for c in own}}

@@ -23,7 +23,7 @@ def tasks(context: Context) -> Iterable[Task]:
     backends = context.backends("triton", "cuda")[:1] or context.backends("torch")
     for backend in backends:
         for scenario in ("full", "frozen_head")[: 1 if context.shapes.tiny else 2]:
-            for model in context.shapes.heads[:3]:
+            for model in context.shapes.heads[: 1 if context.shapes.tiny else 3]:
                 yield Task(f"{model.name}-{backend}-{scenario}", 60, _task(context, model, backend, scenario))
 
 

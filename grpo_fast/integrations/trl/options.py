@@ -41,7 +41,7 @@ def loss_config(trainer: Any, *, temperature: float, entropy_coef: float = 0.0) 
         importance_sampling_level=trainer.importance_sampling_level,
         temperature=temperature,
         epsilon=trainer.epsilon_low,
-        epsilon_high=trainer.epsilon_high,
+        epsilon_high=trainer.epsilon_high,  # TRL's trainer has epsilon here where none was given, for cispo as well
         beta=trainer.beta,
         entropy_coef=entropy_coef,
         top_entropy_quantile=trainer.top_entropy_quantile,
@@ -77,8 +77,12 @@ def neutral_where_masked(inputs: dict[str, Any]) -> dict[str, Any]:
 def objective_of(trainer: Any, inputs: dict[str, Any], *, temperature: float) -> Objective:
     """The loss of a training micro-batch, with TRL's denominators: its share of the whole optimiser step's loss."""
     steps: int = trainer.current_gradient_accumulation_steps
-    config = loss_config(trainer, temperature=temperature, entropy_coef=_bonus(trainer) / steps)
+    bonus = _bonus(trainer)
     mask, advantages = loss_mask(inputs), inputs["advantages"]
+    # TRL's mean over the tokens that the bonus acts on, a share of the step's. Those of a quantile only the loss can
+    # count: there the share is the coefficient's.
+    counted = trainer.top_entropy_quantile == 1
+    config = loss_config(trainer, temperature=temperature, entropy_coef=bonus if counted else bonus / steps)
     if advantages.dim() == 2:
         advantages = advantages.expand(mask.shape)
     old, ref, sampling = (inputs.get(name) for name in _LOGPROBS)
@@ -90,6 +94,7 @@ def objective_of(trainer: Any, inputs: dict[str, Any], *, temperature: float) ->
         ref_logprobs=ref if config.beta != 0 else None,
         sampling_logprobs=sampling if reads_sampling(config) else None,
         normalizer=_normalizer(trainer, inputs, mask, steps),
+        entropy_normalizer=mask.sum().clamp(min=1) * float(steps) if counted and bonus != 0 else None,
     )
 
 
