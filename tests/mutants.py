@@ -24,6 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 RANDOM = "tests/test_random.py"
 MANY = f"{RANDOM} --random-cases 3000"
+MEMORY = "tests/test_memory.py"
 RANKS = "tests/test_edges.py::test_quantiles_and_metrics_span_ranks"
 
 
@@ -129,7 +130,11 @@ MUTANTS = (
     ),
     # Rows.
     Mutant(
-        "vespo-rows-of-zero-weight", "grpo_fast/rows.py", 'is not None and config.loss_type != "vespo":', "is not None:"
+        "vespo-rows-of-zero-weight",
+        "grpo_fast/rows.py",
+        'is not None and config.loss_type != "vespo":',
+        "is not None:",
+        MANY,
     ),
     Mutant(
         "half-a-sequence",
@@ -167,10 +172,11 @@ MUTANTS = (
     ),
     Mutant("softcap-slope-without-temperature", "grpo_fast/ops/torch_backend.py", "capped.mul_(temperature)", "pass"),
     Mutant(
-        "resident-splits-sequences",
+        "resident-above-the-workspace",
         "grpo_fast/ops/workspace.py",
         "if stop + count - start > chunk_rows:",
         "if stop - start >= chunk_rows:",
+        MEMORY,
     ),
     Mutant("main-grad-overwritten", "grpo_fast/ops/lean.py", "out if accumulate else None)", "None)"),
     Mutant("upstream-ignored", "grpo_fast/ops/functions.py", "if unit:\n", "if True:\n"),
