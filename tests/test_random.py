@@ -383,7 +383,8 @@ class Plain:
             return []
         generator = torch.Generator().manual_seed(problem.settings.number)
         hidden = problem.hidden.double()
-        noise = 2.0**-22 * torch.randn(3, *hidden.shape, generator=generator, dtype=torch.float64)
+        size = torch.finfo(problem.settings.dtype).eps / 2 if problem.settings.dtype in NARROW else 2.0**-22
+        noise = size * torch.randn(3, *hidden.shape, generator=generator, dtype=torch.float64)
         nearby = [oracle(replace(problem, hidden=hidden * (1 + share))) for share in noise]
         return [oracle(problem, torch.float32), *nearby]
 
