@@ -28,6 +28,7 @@ from grpo_fast.reference import reference_loss, reference_policy_loss
 from tests.cases import BACKENDS, INTERPRETED, TOLERANCES, rel_rms
 from tests.random_cases import (
     IGNORED,
+    NARROW,
     Problem,
     Settings,
     build,
