@@ -94,6 +94,8 @@ def assert_near(
         return
     if scale and (actual - expected).abs() <= bound * scale:
         return
+    if actual.dtype in NARROW and actual.numel() < 8:  # the floor is an average's; one result may round the worst way
+        bound += torch.finfo(actual.dtype).eps / 2
     error = rel_rms(actual, expected)
     if not error <= bound and plain is not None:
         bound = max([bound, *(2 * rel_rms(other, expected) for other in plain())])
