@@ -269,7 +269,8 @@ def grpo_loss(
         loss = total_loss(terms, entropy, weights, config)
         # Rows without gradient still hang on the graph: an all-masked batch has a differentiable zero.
     logprobs, entropy = logprobs.detach(), entropy.detach()
-    metrics = collect_metrics(logprobs, entropy, terms, computed, inputs, config)
+    finite_states = None if head.softcap is None else call.hidden.detach().sum(-1, dtype=logprobs.dtype).isfinite()
+    metrics = collect_metrics(logprobs, entropy, terms, computed, inputs, config, finite_states)
     return LossOutput(
         loss=loss,
         logprobs=logprobs.reshape(shape),

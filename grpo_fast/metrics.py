@@ -22,7 +22,7 @@ CLIPPED_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "ppo_dual", "gmpo")
 _SUMS = (
     "tokens", "sequences", "computed", "bad_rows", "terms", "terms_sum", "terms_count", "bonus", "bonus_sum",
     "bonus_count", "entropy", "kl", "clip_low", "clip_high", "clip_region",
-    "clip_count", "cispo_clipped", "phi", "approx_kl", "sampling_difference", "sampling_count",
+    "clip_count", "cispo_clipped", "phi", "phi_count", "approx_kl", "sampling_difference", "sampling_count",
     "importance", "importance_count",
 )  # fmt: skip
 _MINS = ("clip_low_min", "importance_min", "ratio_min")
@@ -102,7 +102,7 @@ class Metrics:
         if self.config.loss_type == "cispo":
             out["cispo_clip_ratio"] = mean("cispo_clipped", "clip_count")
         if self.config.loss_type == "vespo":
-            out["vespo/phi_seq_mean"] = mean("phi", "sequences")
+            out["vespo/phi_seq_mean"] = mean("phi", "phi_count")
         if self.corrects:
             out["sampling/sampling_logp_difference/mean"] = mean("sampling_difference", "sampling_count")
             out["sampling/sampling_logp_difference/max"] = _finite(values["sampling_difference_max"])
@@ -126,12 +126,14 @@ def collect_metrics(
     tokens: Tokens,
     inputs: TokenInputs,
     config: LossConfig,
+    finite_states: Tensor | None = None,
 ) -> Metrics:
     """Partial sums of every metric from `[T]` tensors.
 
     Args:
         terms: of `objective` on `tokens`, whose mask is the rows that were computed.
         inputs: of the call, with every token that carries loss, computed or not.
+        finite_states: `[T]` bool, where logits do not show it: a soft cap makes infinite ones finite, not their slope.
     """
     computed, segments, loss_mask = tokens.mask, tokens.segments, inputs.tokens.mask
     at_sequence = config.importance_sampling_level == "sequence" and not inputs.token_advantages
@@ -165,6 +167,8 @@ def collect_metrics(
     finite = torch.stack([n.isfinite() for n in numbers]).all(0)
     if tokens.sampling_logprobs is not None:
         finite &= ~tokens.sampling_logprobs.isinf()  # NaN: not known
+    if finite_states is not None:
+        finite &= finite_states
     if config.importance_sampling_level == "sequence":  # one ratio: what spoils a token's gradient in it spoils all
         finite &= segments.spread(segments.sum(computed & ~finite) == 0)
     values: dict[str, Tensor] = {
@@ -180,6 +184,7 @@ def collect_metrics(
         "clip_count": lengths.new_full((), segments.num_sequences) if at_sequence else loss_mask.sum(),
         "cispo_clipped": flagged((terms.ratio > config.upper_epsilon) & (advantages > 0)),
         "phi": logprobs.new_zeros(()) if terms.phi is None else segments.mean(terms.phi, computed).double().sum(),
+        "phi_count": (segments.sum(computed) > 0).sum(),
         "approx_kl": total((drift.exp() - drift - 1).expand_as(logprobs), computed),
         "clip_low_min": extreme(low_shares, lengths > 0, largest=False),
         "ratio_min": extreme(terms.ratio, computed, largest=False),
@@ -187,7 +192,7 @@ def collect_metrics(
         "ratio_max": extreme(terms.ratio, computed, largest=True),
     }
     values |= _loss_parts(known_entropy, terms, inputs, config)
-    values |= _sampling_metrics(logprobs, terms, tokens, loss_mask, config)
+    values |= _sampling_metrics(logprobs, terms, tokens, inputs, config)
     neutral = dict.fromkeys(_SUMS, 0.0) | dict.fromkeys(_MINS, float("inf")) | dict.fromkeys(_MAXS, -float("inf"))
     neutrals = {name: logprobs.new_full((), neutral[name]) for name in _INDEX if name not in values}
     vector = torch.stack([(values | neutrals)[name].double() for name in _INDEX])
@@ -213,12 +218,18 @@ def _loss_parts(entropy: Tensor, terms: Terms, inputs: TokenInputs, config: Loss
 
 
 def _sampling_metrics(
-    logprobs: Tensor, terms: Terms, tokens: Tokens, loss_mask: Tensor, config: LossConfig
+    logprobs: Tensor, terms: Terms, tokens: Tokens, inputs: TokenInputs, config: LossConfig
 ) -> dict[str, Tensor]:
-    """|old - sampling| and the importance weights, over tokens whose sampling log-probability is known."""
+    """|old - sampling| and the importance weights, over tokens whose sampling log-probability is known.
+
+    With `old_logprobs` these are known of every unmasked token, computed or not.
+    """
     if tokens.sampling_logprobs is None:
         return {}
-    old = logprobs if tokens.old_logprobs is None else tokens.old_logprobs
+    weight, old = terms.importance, logprobs
+    if inputs.tokens.old_logprobs is not None:
+        tokens, weight, old = inputs.tokens, inputs.tokens.importance, inputs.tokens.old_logprobs
+    assert tokens.sampling_logprobs is not None
     difference = (old - tokens.sampling_logprobs).abs()
     known = tokens.mask & ~difference.isnan()
     worst = torch.where(known, difference, -float("inf"))
@@ -227,7 +238,7 @@ def _sampling_metrics(
         "sampling_count": known.sum(),
         "sampling_difference_max": torch.cat([worst, worst.new_full((1,), -float("inf"))]).amax(),
     }
-    weight, mode = terms.importance, config.importance_sampling_mode
+    mode = config.importance_sampling_mode
     if weight is None or mode is None:
         return values
     mask, infinity = tokens.mask, weight.new_full((1,), float("inf"))

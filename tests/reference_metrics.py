@@ -12,9 +12,10 @@ tokens of sequence s. "Computed" tokens are the unmasked ones that went through 
                              either (region): means over unmasked tokens, or, where ratio and advantage belong to
                              the sequence, over sequences; low_min, high_max: extremes of the sequences' shares
     cispo_clip_ratio         tokens with w > eps_high and A > 0, likewise
-    vespo/phi_seq_mean       mean over sequences of the mean of phi over the sequence's tokens
-    sampling_logp_difference |o - sampling| over computed tokens whose sampling logprob is known: mean and max
-    importance_sampling_ratio  the bounded weights: of computed tokens, or one a sequence (1, bounded, where empty)
+    vespo/phi_seq_mean       mean over sequences that have computed tokens of the mean of phi over these
+    sampling_logp_difference |o - sampling| over unmasked tokens whose sampling logprob is known: mean and max; over
+                             computed ones where o is the current policy's
+    importance_sampling_ratio  the bounded weights: of these tokens, or one a sequence (1, bounded, where empty)
 """
 
 from __future__ import annotations
@@ -172,11 +173,13 @@ def reference_metrics(data: TokenData, config: Any, loss: float) -> dict[str, fl
     if config.loss_type == "cispo":
         out["cispo_clip_ratio"] = mean_flagged({t for t in rows if ratio[t] > epsilon_high and data.advantages[t] > 0})
     if config.loss_type == "vespo":
-        means = [average(_phis(data, config, old, tokens), len(tokens)) for tokens in sequences]
-        out["vespo/phi_seq_mean"] = average(means, num_sequences)
+        means = [average(_phis(data, config, old, tokens), len(tokens)) for tokens in sequences if tokens]
+        out["vespo/phi_seq_mean"] = average(means, len(means))
     if data.sampling is not None:
         difference = [o - s for o, s in zip(old, data.sampling, strict=True)]
-        gaps = [abs(difference[t]) for t in rows if not math.isnan(difference[t])]
+        if data.old is not None:  # then all is known without the head
+            sequences = [[t for t in range(begin, end) if data.mask[t]] for begin, end in data.bounds]
+        gaps = [abs(difference[t]) for tokens in sequences for t in tokens if not math.isnan(difference[t])]
         out["sampling/sampling_logp_difference/mean"] = average(gaps, len(gaps))
         out["sampling/sampling_logp_difference/max"] = max(gaps, default=0.0)
         if config.importance_sampling_mode is not None:

@@ -86,6 +86,7 @@ def test_rows_on_the_device_and_in_a_graph(aggregation: str) -> None:
         advantages = torch.randn(60_000, generator=gen) * (torch.rand(60_000, generator=gen) < 0.6)
         batches.append((advantages, torch.rand(2**20, generator=gen) < 0.7))
     options = {"num_tokens": 2**20, "aggregation": aggregation, "normalizer": None, "every_row": False}
+    options["backend"] = "triton"
     static = [tensor.cuda() for tensor in batches[0]]
     bounds = cu_seqlens.cuda()
     native_token_rows(static[0], bounds, static[1], None, **options)  # compiles

@@ -145,6 +145,17 @@ def test_bad_rows_are_counted(changes: dict[str, Any], options: dict[str, Any], 
     assert out.loss.isfinite() or not known_good or changes  # counted, whether or not the sum shows it
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_soft_cap_hides_no_infinite_state(backend: str) -> None:
+    """cap tanh(inf) is finite; the gradient, 0 times inf, is not."""
+    case = make_case(4, (6, 5, 4), softcap=10.0, masked_fraction=0.0, masked_sequence=False)
+    case.hidden[[3, 8], 5] = torch.inf
+    out, gradients = run(case, LossConfig(), backend=backend)
+    assert out.logprobs.isfinite().all()
+    assert not gradients["weight"].isfinite().all()
+    assert out.metrics.as_dict()["bad_rows"] == 2
+
+
 def test_unknown_sampling_logprobs_are_not_bad() -> None:
     case = make_case(5, missing_sampling=0.3)
     config = LossConfig(loss_type="dppo", importance_sampling_mode="token_mask")

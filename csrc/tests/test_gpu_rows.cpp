@@ -268,6 +268,31 @@ TEST(gpu_rows_without_gradient_are_zero_and_say_so) {
   }
 }
 
+TEST(gpu_targets_outside_the_vocabulary_have_no_logprob) {
+  for (const int shared_limit : {kStreaming, 2900, kHopper}) {
+    for (const bool over : {false, true}) {
+      for (const int64_t width : {int64_t(43), int64_t(2502)}) {
+        Chunk chunk = chunk_with_policies(3, width, kHeads[0], 5, 2);
+        Run sound(chunk, DType::kFloat32, true);
+        sound.statistics(shared_limit);
+        chunk.targets = {-1, chunk.targets[1], width};
+        Run run(chunk, DType::kBFloat16, over);
+        run.objective(0.0f, 1.0f, shared_limit, 1, 3);
+        check_guards(run.chunk);
+        CHECK(std::isnan(run.logprobs[0]) && std::isnan(run.logprobs[2]) && run.logprobs[1] == sound.logprobs[1],
+              "V %d: %g, %g, %g", int(width), double(run.logprobs[0]), double(run.logprobs[1]), double(run.logprobs[2]));
+        CHECK(same_bits(run.entropy, sound.entropy), "V %d: the entropy is the row's", int(width));
+        for (int64_t v = 0; v < width; ++v) {
+          CHECK(std::isnan(run.dx(0, v)) && std::isfinite(run.dx(1, v)), "V %d, v %d", int(width), int(v));
+        }
+        for (size_t at = run.apart.size() / 2 + 1; at < run.apart.size(); ++at) {  // bf16 fills half of it
+          CHECK(run.apart[at] == kGuard, "V %d: written %d numbers behind dx", int(width), int(at));
+        }
+      }
+    }
+  }
+}
+
 // Statistics and fused dx of rows that something has been done to; others beside them are not touched by it.
 void check_hard_row(const char* name, const std::function<void(Chunk&)>& spoil) {
   for (const int shared_limit : {kStreaming, 2900, kHopper}) {

@@ -270,6 +270,29 @@ TEST(lost_rows_are_nan_and_alone) {
   }
 }
 
+TEST(targets_outside_the_vocabulary_have_no_logprob) {
+  for (const DType dtype : kDTypes) {
+    for (const Isa isa : isas()) {
+      Chunk chunk(3, 1100, kHeads[0], 23);
+      const Found sound(chunk, {1, isa});
+      chunk.targets = {-1, chunk.targets[1], 1100};
+      chunk.set_policies(sound.logprobs, 24);
+      std::vector<float> logprobs(3), entropy(3);
+      std::vector<uint8_t> live(3);
+      grpo_fast::row_objective(chunk.rows(), clipped_with_kl(), chunk.tokens(), 0.0f, 1.0f, dtype, logprobs.data(),
+                               entropy.data(), live.data(), {1, isa});
+      check_guards(chunk);
+      CHECK(std::isnan(logprobs[0]) && std::isnan(logprobs[2]) && logprobs[1] == sound.logprobs[1], "%g, %g, %g",
+            double(logprobs[0]), double(logprobs[1]), double(logprobs[2]));
+      CHECK(same_bits(entropy, sound.entropy), "the entropy is the row's, whatever the target: %g", double(entropy[0]));
+      CHECK(live[0] == 1 && live[2] == 1, "live %d, %d", int(live[0]), int(live[2]));
+      for (int64_t v = 0; v < chunk.width; ++v) {
+        CHECK(std::isnan(stored(chunk, 0, v, dtype)) && std::isfinite(stored(chunk, 1, v, dtype)), "v %d", int(v));
+      }
+    }
+  }
+}
+
 TEST(threads_do_not_change_rows) {
   Chunk chunk(7, 2500, kHeads[3], 17);
   chunk.set_policies(Found(chunk, {1, grpo_fast::detected_isa()}).logprobs, 18);

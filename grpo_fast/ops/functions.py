@@ -270,13 +270,12 @@ class FusedObjective(torch.autograd.Function):
         # Unless the graph is kept, autograd frees the saved gradients after this: they may be scaled in place.
         compiling = torch.compiler.is_compiling() or _is_fake(grad_loss)
         in_place = not compiling and not torch._C._autograd._get_current_graph_task_keep_graph()
-        backend = get_backend(ctx.backend)
         unit = not compiling and not traits(grad_loss.device).asynchronous and grad_loss.item() == 1
 
         def scaled(grad: Tensor) -> Tensor:
             if unit:
                 return grad
-            return backend.scale(grad, grad_loss) if in_place else grad * grad_loss
+            return get_backend(ctx.backend).scale(grad, grad_loss) if in_place else grad * grad_loss
 
         grads = [
             None if grad.numel() == 0 and not wanted else scaled(grad).to(dtype)

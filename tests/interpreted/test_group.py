@@ -16,10 +16,10 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="kernels are interpreted by triton")
 
+from grpo_fast import rows as tokens_file
 from grpo_fast.kernels import group_advantages as advantages_file
 from grpo_fast.kernels import group_rows as rows_file
 from grpo_fast.loss import LossConfig, grpo_loss, policy_loss
-from grpo_fast.ops import group_backend
 from grpo_fast.reference import reference_advantages, reference_policy_loss
 from tests.cases import make_case, rel_rms
 
@@ -240,7 +240,10 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     token_rows = rows_file.token_rows
     monkeypatch.setattr(rows_file, "token_rows", counted)
-    monkeypatch.setattr(group_backend, "_in_kernels", lambda values: True)
+    native = tokens_file.native_token_rows
+    monkeypatch.setattr(
+        tokens_file, "native_token_rows", lambda *args, **given: native(*args, **given | {"backend": "triton"})
+    )
     return calls
 
 
