@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import machine
+from benchmarks.baselines import CONTENDERS
 from benchmarks.cases import SCENARIOS, Case, Model, make_batch
 from benchmarks.gpu import summary, worker
 from benchmarks.gpu.contest import BrokenDeviceError, Entry, contest
@@ -273,11 +274,16 @@ def floor_result(fraction: float, hidden: int = 4096) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def test_targets_name_contenders() -> None:
+    """A contender that is renamed would be judged no more, in silence."""
+    assert summary.PEER_TARGETS.keys() <= CONTENDERS.keys()
+
+
 def test_targets_are_judged(tmp_path: Path) -> None:
     part_file(tmp_path, "floor", {"Qwen3-8B-triton": floor_result(0.93), "other-triton": floor_result(0.86, 2048)})
     contenders = [
         {"name": name, "status": "timed", "median": seconds}
-        for name, seconds in (("grpo-fast", 1.0), ("TRL chunked", 1.2), ("Liger fused", 7.0))
+        for name, seconds in (("grpo-fast", 1.0), ("TRL chunked", 1.2), ("Liger fused (compiled)", 7.0))
     ]
     record = {"case": {"name": "Qwen3-8B-T16384-full"}, "contenders": contenders, "failures": {}}
     part_file(tmp_path, "scenarios", {"full": record})
@@ -293,7 +299,7 @@ def test_targets_are_judged(tmp_path: Path) -> None:
     assert "MISS Qwen3-8B triton full" in text  # 0.86 at H = 2048
     assert "PASS Qwen3-8B half of the groups at zero advantage: 0.55 of the dense time" in text
     assert "MISS 1.20 times as fast as TRL chunked at least (>= 1.3; Qwen3-8B-T16384-full)" in text
-    assert "PASS 7.00 times as fast as Liger fused" in text
+    assert "PASS 7.00 times as fast as Liger fused (compiled)" in text
     assert "MISS peak memory: at most 1.10 of cap" in text
     assert "PASS tests: 0 of 9 failed" in text
     assert "not begun: build, run, rows, tuning, sanitizers, demo" in text
