@@ -169,7 +169,8 @@ def collect_metrics(
         finite &= ~tokens.sampling_logprobs.isinf()  # NaN: not known
     if finite_states is not None:
         finite &= finite_states
-    if config.importance_sampling_level == "sequence":  # one ratio: what spoils a token's gradient in it spoils all
+    # One ratio for a sequence: what spoils a token's gradient in it spoils all.
+    if config.importance_sampling_level == "sequence" or config.loss_type == "gmpo":
         finite &= segments.spread(segments.sum(computed & ~finite) == 0)
     values: dict[str, Tensor] = {
         "tokens": loss_mask.sum(),

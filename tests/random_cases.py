@@ -440,7 +440,8 @@ class Problem:
         """Whether what is given of a token is finite."""
         data = self.token_data(self.logprobs, None)
         lists = [values for values in (data.advantages, data.old, data.ref) if values is not None]
-        return torch.tensor(lists, dtype=torch.float64).isfinite().all(0).reshape(self.settings.shape)
+        finite = torch.tensor(lists, dtype=torch.float64).isfinite().all(0).reshape(self.settings.shape)
+        return finite & self.hidden.isfinite().all(-1)  # a soft cap makes an infinite one look harmless
 
     def normalizers(self) -> dict[str, float | Tensor | None]:
         s = self.settings

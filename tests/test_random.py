@@ -15,7 +15,7 @@ import random
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -24,10 +24,12 @@ import torch
 from torch import Tensor
 
 from grpo_fast.loss import Metrics, grpo_loss, policy_loss, token_logprobs
-from grpo_fast.reference import reference_loss, reference_policy_loss
+from grpo_fast.ops.workspace import boundaries
+from grpo_fast.reference import reference_logprobs, reference_loss, reference_policy_loss
 from tests.cases import BACKENDS, INTERPRETED, TOLERANCES, rel_rms
 from tests.random_cases import (
     IGNORED,
+    NARROW,
     Problem,
     Settings,
     build,
@@ -367,6 +369,18 @@ def check_grpo_loss(problem: Problem) -> None:
     check_merge(problem, out)
 
 
+def test_chunks_of_whole_sequences_fit() -> None:
+    """Cut between sequences, as many rows as fit and no more."""
+    d = random.Random(0)
+    for _ in range(200):
+        counts = [d.randint(0, 16) for _ in range(d.randint(0, 12))]
+        limits = list(boundaries(sum(counts), 16, counts))
+        assert [row for limit in limits for row in range(*limit)] == list(range(sum(counts)))
+        assert all(stop - start <= 16 for start, stop in limits)
+        assert {stop for _, stop in limits} <= set(accumulate(counts))
+        assert all(last - first > 16 for (first, _), (_, last) in pairwise(limits))
+
+
 class Plain:
     """Plain float32 arithmetic on the same inputs, where somebody asks: what a loss's own conditioning costs.
 
@@ -383,8 +397,11 @@ class Plain:
             return []
         generator = torch.Generator().manual_seed(problem.settings.number)
         hidden = problem.hidden.double()
-        noise = 2.0**-22 * torch.randn(3, *hidden.shape, generator=generator, dtype=torch.float64)
-        nearby = [oracle(replace(problem, hidden=hidden * (1 + share))) for share in noise]
+        size = torch.finfo(problem.settings.dtype).eps / 2 if problem.settings.dtype in NARROW else 2.0**-22
+        noise = size * torch.randn(3, *hidden.shape, generator=generator, dtype=torch.float64)
+        weight = problem.weight.double()
+        weight = weight * (1 + size * torch.randn(weight.shape, generator=generator, dtype=torch.float64))
+        nearby = [oracle(replace(problem, hidden=hidden * (1 + share), weight=weight)) for share in noise]
         return [oracle(problem, torch.float32), *nearby]
 
     def losses(self) -> list[Tensor]:
@@ -530,8 +547,6 @@ def check_token_logprobs(problem: Problem) -> None:
     leaves = leaves_of(problem, dtype=torch.float64)
     mask = problem.mask
     temperature = problem.temperature.double()[mask] if s.row_temperature else s.config.temperature
-    from grpo_fast.reference import reference_logprobs
-
     exact = reference_logprobs(
         leaves["hidden"][mask], leaves["weight"], problem.targets[mask],
         bias=leaves.get("bias"), head=s.head, temperature=temperature,
