@@ -19,7 +19,7 @@ import pytest
 
 REPO = Path(__file__).resolve().parent.parent
 MAX_LINES = 500  # a reader who must jump pays more than one who scrolls
-MAX_TEST_LINES = 600  # tables of cases grow longer than code should
+MAX_TEST_LINES = 650  # tables of cases grow longer than code should
 
 
 @dataclass(frozen=True)
