@@ -81,7 +81,9 @@ def test_every_plan(dtype: torch.dtype, plan: str, with_main_grad: bool, rows: i
     """Every storage, plan, number of chunks; the weight's gradient returned or added to a buffer."""
     config = LossConfig(beta=0.1, entropy_coef=0.02)
     case = make_case(2, LENGTHS, bias=True, vocab=203, dtype=dtype, logit_scale=0.7)
-    budget = workspace(203, dtype, rows=32 if plan == "resident" and rows == 16 else rows)
+    # resident must hold the longest sequence, over the logits: where dx has a place of its own that counts, too
+    both = plan == "resident" and rows == 16 and not (INTERPRETED and dtype == torch.float32)
+    budget = workspace(203, dtype, rows=32 if both else rows)
     with stand_in(tile_rows=TILE):
         held = row_budget(BACKEND, 203, 32, dtype, CPU, budget)
     at_once = held.chunk_rows if plan == "resident" else held.rows_at_once

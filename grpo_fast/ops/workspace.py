@@ -244,7 +244,8 @@ class Workspace:
         num_buffers = max(min(call.budget.num_buffers, num_tiles), 1) if by_tile else 1
         self.buffers = [self._rows(self.piece_rows, call.accumulator) for _ in range(num_buffers)]
         self.staged = self._rows(padded, call.hidden.dtype) if by_tile and with_dx else None
-        self.row_stream = RowStream(call.hidden.device, num_buffers) if num_buffers > 1 else None
+        two = num_buffers > 1 and traits(call.hidden.device).streams is not None
+        self.row_stream = RowStream(call.hidden.device, num_buffers) if two else None
 
     def _rows(self, num_rows: int, dtype: torch.dtype) -> Tensor:
         call = self.call
