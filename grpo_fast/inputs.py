@@ -337,7 +337,7 @@ def _advantages(
 ) -> tuple[Tensor, bool]:
     """(advantages `[S]` or `[T]`, whether they are one a token)."""
     num_sequences, num_tokens = segments.num_sequences, segments.num_tokens
-    if isinstance(advantages, Tensor) and advantages.dim() == 2 and tuple(advantages.shape) != shape:
+    if isinstance(advantages, Tensor) and advantages.dim() == 2:
         columns = [((num_sequences, 1), False)] + [((1, num_tokens), True)] * (len(shape) == 1)
         for unambiguous, per_token in columns:
             if tuple(advantages.shape) == unambiguous:

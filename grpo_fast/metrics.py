@@ -170,8 +170,13 @@ def collect_metrics(
     if finite_states is not None:
         finite &= finite_states
     # One ratio for a sequence: what spoils a token's gradient in it spoils all.
+    spoils = None
     if config.importance_sampling_level == "sequence" or config.loss_type == "gmpo":
-        finite &= segments.spread(segments.sum(computed & ~finite) == 0)
+        spoils = ~finite
+    elif config.loss_type == "vespo":  # its log ratios are clamped: only what is no number gets into the product
+        spoils = terms.ratio.isnan() if terms.importance is None else terms.ratio.isnan() | terms.importance.isnan()
+    if spoils is not None:
+        finite &= segments.spread(segments.sum(computed & spoils) == 0)
     values: dict[str, Tensor] = {
         "tokens": loss_mask.sum(),
         "sequences": lengths.new_full((), segments.num_sequences),
