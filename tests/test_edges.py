@@ -158,6 +158,28 @@ def test_backward_twice_gives_the_same(plan: str) -> None:
     assert first.abs().sum() > 0
 
 
+@pytest.mark.parametrize("plan", ["single_pass", "resident", "recompute", "lean"])
+def test_gradients_of_a_kept_graph_are_the_callers_own(plan: str) -> None:
+    """What one backward gave is neither scaled by the next one nor read by it."""
+    case = make_case(6)
+    leaves = case.leaves()
+    inputs = list(leaves.values())
+    out = grpo_loss(
+        leaves["hidden"], leaves["weight"], case.targets, case.advantages, bias=leaves.get("bias"),
+        cu_seqlens=case.cu_seqlens, plan=plan,
+    )  # fmt: skip
+    first = torch.autograd.grad(out.loss, inputs, retain_graph=True)
+    before = [gradient.clone() for gradient in first]
+    second = torch.autograd.grad(out.loss, inputs, retain_graph=True)
+    for gradient in second:
+        gradient.zero_()
+    third = torch.autograd.grad(3 * out.loss, inputs)
+    for one, copy, scaled in zip(first, before, third, strict=True):
+        assert torch.equal(one, copy)
+        assert copy.abs().sum() > 0
+        torch.testing.assert_close(scaled, 3 * copy)
+
+
 def test_compaction_changes_nothing_but_the_work() -> None:
     """Half the groups at zero advantage: same loss and gradients as with every row computed."""
     case = make_case(7, lengths=(30,) * 8, vocab=3001, masked_sequence=False)

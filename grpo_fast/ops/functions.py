@@ -2,7 +2,7 @@
 
 Legend: T tokens, S sequences, H hidden size, V vocabulary. The operators are opaque to torch.compile (they carry fake
 implementations); all of autograd is in two small functions: `Logprobs` (statistics now, gradients once g and e are
-known) and `FusedObjective` (gradients in the forward, scaled in the backward). Saved tensors are never written to.
+known) and `FusedObjective` (gradients in the forward, scaled in the backward, in place where the graph is not kept).
 """
 
 from __future__ import annotations
@@ -267,10 +267,11 @@ class FusedObjective(torch.autograd.Function):
     def backward(ctx, grad_loss, _grad_logprobs, _grad_entropy):  # type: ignore[no-untyped-def,override]
         if ctx.has_main_grad:
             _require_unit_gradient(grad_loss)
-        # Unless the graph is kept, autograd frees the saved gradients after this: they may be scaled in place.
+        # Unless the graph is kept, autograd frees the saved gradients after this: they may be scaled in place, and
+        # handed out as they are. Where it is kept, another backward reads them, and the caller owns what it was given.
         compiling = torch.compiler.is_compiling() or _is_fake(grad_loss)
         in_place = not compiling and not torch._C._autograd._get_current_graph_task_keep_graph()
-        unit = not compiling and not traits(grad_loss.device).asynchronous and grad_loss.item() == 1
+        unit = in_place and not traits(grad_loss.device).asynchronous and grad_loss.item() == 1
 
         def scaled(grad: Tensor) -> Tensor:
             if unit:
