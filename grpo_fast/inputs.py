@@ -8,6 +8,7 @@ always run for CPU tensors, elsewhere with GRPO_FAST_DEBUG=1.
 from __future__ import annotations
 
 import math
+import numbers
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -54,6 +55,26 @@ def check_tensor(
     if dtypes is not None and tensor.dtype not in dtypes:
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise ValueError(f"{name}: expected dtype {expected}; got {str(tensor.dtype).removeprefix('torch.')}")
+
+
+def check_config(config: object) -> None:
+    """A LossConfig."""
+    if not isinstance(config, LossConfig):
+        raise ValueError(f"config: expected a LossConfig; got {_named(config)}")
+
+
+def check_whole_number(name: str, value: object) -> None:
+    """None, or an integer that torch takes."""
+    if torch.compiler.is_compiling() or value is None:
+        return
+    if not isinstance(value, numbers.Integral) or not -(2**63) <= int(value) < 2**63:
+        raise ValueError(f"{name}: expected an integer of 64 bits or None; got {_named(value)}")
+
+
+def check_floating(name: str, tensor: Tensor) -> None:
+    """Log-probabilities and entropies: neither integers nor complex numbers."""
+    if not tensor.is_floating_point():
+        raise ValueError(f"{name}: expected a floating-point dtype; got {tensor.dtype}")
 
 
 class HeadLike(Protocol):
@@ -140,6 +161,15 @@ def _describe(value: object) -> str:
     return f"shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
+def _named(value: object) -> str:
+    """A value and its type, or a type."""
+    if isinstance(value, type):
+        return f"the type {value.__name__}"
+    if isinstance(value, (str, int, float)):
+        return f"{type(value).__name__} {value!r}"
+    return f"{type(value).__name__}"
+
+
 def check_targets(targets: Tensor, shape: Sequence[int], device: torch.device) -> None:
     """Integer token ids of the expected shape."""
     check_tensor("targets", targets, shapes=[(tuple(shape), "one token id a row of hidden")], device=device)
@@ -157,6 +187,7 @@ def token_mask(
         targets: of `shape`, checked; those that are `ignore_index` carry none. None: there are no targets.
         like: a tensor of the device.
     """
+    check_whole_number("ignore_index", ignore_index)
     mask = None
     if loss_mask is not None:
         check_tensor("loss_mask", loss_mask, shapes=[(tuple(shape), "one a token")], device=like.device)
@@ -168,7 +199,11 @@ def token_mask(
             and checks_values(loss_mask)
             and bool((mask & (loss_mask.reshape(-1) != 1)).any())
         ):
-            raise ValueError("loss_mask: expected only zeros and ones where it is floating-point (it is no weight)")
+            other = loss_mask.reshape(-1)[mask & (loss_mask.reshape(-1) != 1)][0]
+            raise ValueError(
+                "loss_mask: expected only zeros and ones where it is floating-point (it is no weight); "
+                f"got {float(other)}"
+            )
     if targets is not None and ignore_index is not None:
         kept = targets.reshape(-1) != ignore_index
         # Where looking costs nothing: none is ignored, as in most calls, so that all rows are known to be wanted.
@@ -207,20 +242,26 @@ def check_main_grad(main_grad: Tensor | None, weight: Tensor) -> None:
             f"{list(main_grad.stride())}"
         )
     if main_grad.requires_grad or not weight.requires_grad:
-        raise ValueError("main_grad: expected a buffer without requires_grad, for a weight that requires a gradient")
+        raise ValueError(
+            "main_grad: expected a buffer without requires_grad, for a weight that requires a gradient; got "
+            f"requires_grad {main_grad.requires_grad} and, of the weight, {weight.requires_grad}"
+        )
 
 
 def check_temperature(temperature: float | Tensor, shape: Sequence[int], device: torch.device) -> None:
-    """A positive float, or positive floats, one a row."""
+    """A positive finite float, or such floats, one a row."""
     if isinstance(temperature, Tensor):
         check_tensor("temperature", temperature, shapes=[(tuple(shape), "one a row")], device=device)
+        if temperature.is_complex():
+            raise ValueError(f"temperature: expected real numbers; got {temperature.dtype}")
         if temperature.requires_grad:
             raise ValueError("temperature: expected a tensor without requires_grad; got one that requires it")
-        positive = not checks_values(temperature) or bool((temperature > 0).all())
+        positive = not checks_values(temperature) or bool(((temperature > 0) & (temperature < math.inf)).all())
     else:
-        positive = temperature > 0
+        check_real("temperature", temperature)
+        positive = 0 < temperature < math.inf
     if not positive:
-        raise ValueError(f"temperature: expected positive; got {temperature}")
+        raise ValueError(f"temperature: expected positive and finite; got {temperature}")
 
 
 @dataclass
@@ -287,6 +328,7 @@ def token_inputs(
     device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
     check_finite_positive("normalizer", normalizer)
     check_finite_positive("entropy_normalizer", entropy_normalizer)
+    normalizer = normalizer.detach() if isinstance(normalizer, Tensor) else normalizer
     segments = _segments(cu_seqlens, shape, device)
     flat_advantages, per_token = _advantages(advantages, shape, segments, device)
     if cu_seqlens is None and len(shape) == 1 and per_token and shape[0] > 1 and looks_at_sequences(config):
@@ -300,6 +342,7 @@ def token_inputs(
     for name, tensor in logprobs.items():
         if tensor is not None:
             check_tensor(name, tensor, shapes=[(shape, "one a token")], device=device)
+            check_floating(name, tensor)
             # Whatever stands at masked positions (padding, NaN) must not reach a sum.
             tensor = torch.where(mask, tensor.detach().reshape(-1).to(dtype), 0.0)
         flat[name] = tensor
@@ -337,6 +380,8 @@ def _advantages(
 ) -> tuple[Tensor, bool]:
     """(advantages `[S]` or `[T]`, whether they are one a token)."""
     num_sequences, num_tokens = segments.num_sequences, segments.num_tokens
+    if isinstance(advantages, Tensor) and advantages.is_complex():
+        raise ValueError(f"advantages: expected real numbers; got {advantages.dtype}")
     if isinstance(advantages, Tensor) and advantages.dim() == 2:
         columns = [((num_sequences, 1), False)] + [((1, num_tokens), True)] * (len(shape) == 1)
         for unambiguous, per_token in columns:
@@ -362,13 +407,22 @@ def _bonus_count(entropy_normalizer: Tensor | float | None, mask: Tensor) -> Ten
     return torch.full((), float(entropy_normalizer), dtype=torch.float64, device=mask.device)
 
 
+def check_real(name: str, value: object) -> None:
+    """None, or a number that is no tensor."""
+    if not torch.compiler.is_compiling() and not isinstance(value, (numbers.Real, type(None))):
+        raise ValueError(f"{name}: expected a number; got {_named(value)}")
+
+
 def check_finite_positive(name: str, value: Tensor | float | None) -> None:
     """None, or one finite number above 0."""
     if isinstance(value, Tensor):
-        if value.numel() != 1:
-            raise ValueError(f"{name}: expected one number; got shape {list(value.shape)}")
+        if value.numel() != 1 or value.is_complex():
+            raise ValueError(f"{name}: expected one number; got shape {list(value.shape)} of {value.dtype}")
         if not checks_values(value):
             return
+        value = value.detach()
+    else:
+        check_real(name, value)
     if value is not None and not 0 < float(value) < math.inf:
         raise ValueError(f"{name}: expected a finite number > 0; got {float(value)}")
 

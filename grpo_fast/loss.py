@@ -21,11 +21,14 @@ from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.inputs import (
     HeadLike,
     TokenInputs,
+    check_config,
+    check_floating,
     check_main_grad,
     check_target_range,
     check_targets,
     check_temperature,
     check_tensor,
+    check_whole_number,
     head_operands,
     split_head,
     token_inputs,
@@ -125,6 +128,7 @@ def token_logprobs(
         ValueError: an argument is malformed, `temperature` is not that of `config`, or the plan or backend cannot serve
             the call.
     """
+    check_whole_number("workspace_bytes", workspace_bytes)
     weight, bias, head = split_head(weight, bias, head)
     hidden, weight, bias = head_operands(hidden, weight, bias)
     shape = hidden.shape[:-1]
@@ -147,6 +151,7 @@ def _one_temperature(temperature: float | Tensor | None, config: LossConfig | No
     """The temperature, given directly or as that of a loss, or both if they agree."""
     if config is None:
         return 1.0 if temperature is None else temperature
+    check_config(config)
     if isinstance(temperature, (int, float)) and temperature != config.temperature:
         raise ValueError(f"temperature: expected that of config, {config.temperature}, or None; got {temperature}")
     return config.temperature if temperature is None else temperature
@@ -216,6 +221,8 @@ def grpo_loss(
         >>> out = grpo_loss(hidden, weight, targets, advantages, cu_seqlens=cu_seqlens)
         >>> out.loss.backward()
     """
+    check_config(config)
+    check_whole_number("workspace_bytes", workspace_bytes)
     weight, bias, head = split_head(weight, bias, head)
     hidden, weight, bias = head_operands(hidden, weight, bias)
     if hidden.dim() not in (2, 3):
@@ -338,11 +345,14 @@ def policy_loss(
     Raises:
         ValueError: an argument is malformed or missing.
     """
+    check_config(config)
     if not isinstance(logprobs, Tensor) or logprobs.dim() not in (1, 2) or not logprobs.is_floating_point():
-        raise ValueError("logprobs: expected a floating-point tensor [T] (packed) or [B, L] (padded)")
+        found = f"{list(logprobs.shape)} {logprobs.dtype}" if isinstance(logprobs, Tensor) else type(logprobs).__name__
+        raise ValueError(f"logprobs: expected a floating-point tensor [T] (packed) or [B, L] (padded); got {found}")
     shape = tuple(logprobs.shape)
     if entropy is not None:
         check_tensor("entropy", entropy, shapes=[(shape, "that of logprobs")], device=logprobs.device)
+        check_floating("entropy", entropy)
     elif config.entropy_coef != 0 or config.top_entropy_quantile < 1:
         raise ValueError("entropy: expected a tensor, as entropy_coef or top_entropy_quantile needs it; got None")
     inputs, flat, flat_entropy, terms = policy_terms(

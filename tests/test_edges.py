@@ -8,12 +8,14 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
 
 from grpo_fast.config import IMPORTANCE_SAMPLING_MODES
 from grpo_fast.loss import HeadConfig, LossConfig, Metrics, grpo_loss, policy_loss, token_logprobs
+from grpo_fast.ops.torch_backend import TorchBackend
 from grpo_fast.packing import pack_padded, unpack
 from tests.cases import Case, make_case, padded, rel_rms
 
@@ -178,6 +180,31 @@ def test_gradients_of_a_kept_graph_are_the_callers_own(plan: str) -> None:
         assert torch.equal(one, copy)
         assert copy.abs().sum() > 0
         torch.testing.assert_close(scaled, 3 * copy)
+
+
+@pytest.mark.parametrize("plan", ["single_pass", "resident", "recompute", "frozen_head", "none"])
+@pytest.mark.parametrize("masked", [0.0, 0.3])
+def test_every_logits_product_is_of_whole_tiles(plan: str, masked: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library's product of fewer rows may take other instructions: the last chunk is padded (Backend.logits)."""
+    products, multiply = [], TorchBackend.logits
+
+    def logits(self: TorchBackend, hidden: Tensor, weight: Tensor, out: Tensor, tile_rows: int) -> None:
+        products.append((hidden.shape[0], tile_rows))
+        multiply(self, hidden, weight, out, tile_rows)
+
+    monkeypatch.setattr(TorchBackend, "logits", logits)
+    case = make_case(5, lengths=(40, 3, 90, 0, 62), vocab=300, masked_fraction=masked, masked_sequence=False)
+    leaves = case.leaves()
+    weight = case.weight if plan in ("frozen_head", "none") else leaves["weight"]
+    with torch.set_grad_enabled(plan != "none"):
+        out = grpo_loss(
+            leaves["hidden"], weight, case.targets, case.advantages, cu_seqlens=case.cu_seqlens, backend="torch",
+            loss_mask=case.loss_mask, plan="auto" if plan == "none" else plan,
+        )  # fmt: skip
+        if plan != "none":
+            out.loss.backward()
+    assert products
+    assert all(rows % tile_rows == 0 for rows, tile_rows in products)
 
 
 def test_compaction_changes_nothing_but_the_work() -> None:
@@ -366,7 +393,7 @@ BAD_LOSS_INPUTS: list[tuple[str, dict[str, Any], str]] = [
     ("cu_seqlens rank", {"cu_seqlens": torch.zeros(1, 3, dtype=LONG)}, r"cu_seqlens: expected a tensor \[S\+1\]"),
     ("mask shape", {"loss_mask": torch.ones(5, dtype=LONG)}, r"loss_mask: expected shape \[6\]"),
     ("mask dtype", {"loss_mask": torch.ones(6, dtype=torch.complex64)}, "loss_mask: expected bool, integers, or zeros"),
-    ("mask of weights", {"loss_mask": torch.full((6,), 0.5)}, "loss_mask: expected only zeros and ones"),
+    ("mask of weights", {"loss_mask": torch.full((6,), 0.5)}, "loss_mask: expected only zeros and ones .*got 0.5"),
     ("old shape", {"old_logprobs": torch.zeros(2, 3)}, r"old_logprobs: expected shape \[6\].*got \[2, 3\]"),
     ("no ref", {"config": LossConfig(beta=0.1)}, "ref_logprobs: expected a tensor, as beta is 0.1; got None"),
     (
@@ -379,6 +406,50 @@ BAD_LOSS_INPUTS: list[tuple[str, dict[str, Any], str]] = [
     ("plan coupled", {"plan": "single_pass", "config": GSPO}, "plan: 'single_pass' cannot serve this call"),
     ("plan frozen", {"plan": "frozen_head"}, "plan: 'frozen_head' cannot serve .*weight or bias needs a gradient"),
     ("workspace", {"workspace_bytes": 10}, "workspace_bytes: expected at least .*got 10"),
+    (
+        "workspace float",
+        {"workspace_bytes": 1e9},
+        r"workspace_bytes: expected an integer .* or None; got float 1000000000",
+    ),
+    ("config dict", {"config": {"beta": 0.1}}, "config: expected a LossConfig; got dict"),
+    ("config of a head", {"config": HeadConfig()}, "config: expected a LossConfig; got HeadConfig"),
+    ("config type", {"config": LossConfig}, "config: expected a LossConfig; got the type LossConfig"),
+    ("ignore_index", {"ignore_index": "pad"}, "ignore_index: expected an integer of 64 bits or None; got str 'pad'"),
+    ("ignore_index float", {"ignore_index": 1.5}, "ignore_index: expected an integer .*; got float 1.5"),
+    ("ignore_index high", {"ignore_index": 2**63}, "ignore_index: expected an integer of 64 bits"),
+    ("normalizer word", {"normalizer": "6"}, "normalizer: expected a number; got str '6'"),
+    ("normalizer list", {"normalizer": [6.0]}, "normalizer: expected a number; got list"),
+    ("normalizer array", {"normalizer": numpy.ones(2)}, "normalizer: expected a number; got ndarray"),
+    ("normalizer complex", {"entropy_normalizer": torch.tensor(4j)}, "entropy_normalizer: expected one number; got"),
+    (
+        "old integers",
+        {"old_logprobs": torch.zeros(6, dtype=LONG)},
+        "old_logprobs: expected a floating-point dtype; got",
+    ),
+    (
+        "ref complex",
+        {"ref_logprobs": torch.zeros(6) * 1j},
+        "ref_logprobs: expected a floating-point dtype; got torch.c",
+    ),
+    (
+        "advantages complex",
+        {"advantages": torch.zeros(2) * 1j},
+        "advantages: expected real numbers; got torch.complex64",
+    ),
+    ("advantages array", {"advantages": numpy.ones(2)}, "advantages: expected a tensor; got ndarray"),
+    ("temperature infinite", {"temperature": torch.full((6,), math.inf)}, "temperature: expected positive and finite"),
+    ("temperature word", {"temperature": "hot"}, "temperature: expected a number; got str 'hot'"),
+    ("temperature array", {"temperature": numpy.ones(6)}, "temperature: expected a number; got ndarray"),
+    (
+        "temperature complex",
+        {"temperature": torch.ones(6) * 1j},
+        "temperature: expected real numbers; got torch.complex",
+    ),
+    (
+        "main_grad leaf",
+        {"main_grad": torch.zeros(9, 4, requires_grad=True)},
+        "main_grad: .* got requires_grad True and",
+    ),
     ("temperature", {"temperature": torch.zeros(6)}, "temperature: expected positive"),
     ("temperature shape", {"temperature": torch.ones(2)}, r"temperature: expected shape \[6\]"),
     ("main_grad shape", {"main_grad": torch.zeros(4, 9)}, r"main_grad: expected shape \[9, 4\]"),

@@ -305,6 +305,29 @@ def test_bad_denominators(name: str, value: Any) -> None:
         policy_loss(case.logprobs, case.advantages, cu_seqlens=case.cu_seqlens, **{name: value})
 
 
+@pytest.mark.parametrize("plan", ["single_pass", "recompute"])
+def test_denominators_get_no_gradient_in_any_plan(plan: str) -> None:
+    case = make_case(7)
+    leaves = case.leaves()
+    counts = [torch.tensor(7.0, requires_grad=True) for _ in range(2)]
+    out = grpo_loss(
+        leaves["hidden"], leaves["weight"], case.targets, case.advantages, cu_seqlens=case.cu_seqlens, plan=plan,
+        config=LossConfig(entropy_coef=0.1), normalizer=counts[0], entropy_normalizer=counts[1],
+    )  # fmt: skip
+    out.loss.backward()
+    assert leaves["weight"].grad.abs().sum() > 0
+    assert [count.grad for count in counts] == [None, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
+def test_entropies_are_floating_point(dtype: torch.dtype) -> None:
+    case = make_case(7)
+    with pytest.raises(ValueError, match="entropy: expected a floating-point dtype; got"):
+        policy_loss(case.logprobs, case.advantages, cu_seqlens=case.cu_seqlens, entropy=case.entropy.to(dtype))
+    with pytest.raises(ValueError, match=r"logprobs: expected a floating-point tensor .*; got \[86\] torch"):
+        policy_loss(case.logprobs.to(dtype), case.advantages, cu_seqlens=case.cu_seqlens)
+
+
 def test_quantile_of_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     """B12: the entropies of the group's ranks are gathered, not the world's."""
     group, asked = object(), []
