@@ -11,8 +11,10 @@ import torch
 
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.loss import grpo_loss, policy_loss, token_logprobs
+from grpo_fast.ops import float32_products
 from grpo_fast.ops.backend import RowChunk, RowSlopes, Transform, get_backend
 from grpo_fast.ops.float32_products import add_product
+from tests.allocations import AllocationSpy
 from tests.cases import BACKENDS, TOLERANCES, make_case, rel_rms
 from tests.test_loss import legal_plans, oracle, run
 
@@ -249,6 +251,41 @@ def test_products_of_parts_are_float32(allowed: str, overwrite: bool) -> None:
     add_product(out, left, right, overwrite=True)
     assert not out[0].isfinite().any()
     assert out[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(("m", "k", "n"), [(7, 300, 5), (301, 3, 9), (2, 5, 700), (33, 34, 35), (1, 1, 1), (3, 0, 2)])
+def test_parts_are_made_a_block_at_a_time(
+    m: int, k: int, n: int, overwrite: bool, allowed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(float32_products, "block_elements", lambda device: 64)
+    torch.manual_seed(0)
+    wide = torch.randn(m, n + 3)
+    left, right, out = torch.randn(k, m).t(), torch.randn(k, n), wide[:, 2 : n + 2]
+    expected = left.double() @ right.double() + (0 if overwrite else out.double())
+    beside = wide[:, [0, 1, n + 2]]
+    with AllocationSpy() as spy:
+        add_product(out, left, right, overwrite=overwrite)
+    assert spy.elements <= 64
+    torch.testing.assert_close(out, expected.float(), rtol=1e-5, atol=1e-4)
+    assert torch.equal(wide[:, [0, 1, n + 2]], beside)
+
+
+@pytest.mark.parametrize("plan", ["single_pass", "recompute", "lean"])
+def test_memory_where_less_is_allowed(plan: str, allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The parts of a whole head would be several times its size, besides the workspace."""
+    monkeypatch.setattr(float32_products, "block_elements", lambda device: 2**14)
+    vocab, width, tokens = 4000, 128, 256
+    scratch = get_backend("torch").scratch_bytes(vocab, torch.float32, torch.device("cpu"))
+    workspace = scratch + 4 * 64 * vocab
+    hidden, weight = torch.randn(tokens, width, requires_grad=True), torch.randn(vocab, width, requires_grad=True)
+    with AllocationSpy() as spy:
+        out = grpo_loss(
+            hidden, weight, torch.randint(vocab, (tokens,)), torch.ones(1), plan=plan, backend="torch",
+            workspace_bytes=workspace,
+        )  # fmt: skip
+        out.loss.backward()
+    assert spy.peak <= workspace + 2 * 4 * vocab * width + tokens * (5 * 4 * width + 400)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -352,6 +352,21 @@ def test_an_error_in_a_row_function_leaves_the_callers_stream_current(monkeypatc
         assert device.streams.current is caller
 
 
+@pytest.mark.parametrize("row_stream", [False, True])
+@pytest.mark.parametrize("spare", [0, 1, 97, 1000])
+def test_two_buffers_are_both_of_the_workspace(row_stream: bool, spare: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = get_backend(BACKEND)
+    monkeypatch.setattr(type(engine), "stages_dx", True)
+    pitch = engine.row_pitch(203)
+    with stand_in(tile_rows=TILE, row_stream=row_stream):
+        scratch = engine.scratch_bytes(203, torch.bfloat16, CPU)
+        total = scratch + 8 * TILE * pitch * 4 + spare
+        held = row_budget(BACKEND, 203, 32, torch.bfloat16, CPU, total)
+    assert held.num_buffers == 1 + row_stream
+    used = held.num_buffers * held.tile_rows * pitch * 4 + held.staged_rows * pitch * 2
+    assert used <= total - scratch < used + held.tile_rows * pitch * 2
+
+
 def test_passes_share_a_stream() -> None:
     """B12: one second stream a device, as each has memory of its own."""
     with stand_in() as device:

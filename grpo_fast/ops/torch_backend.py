@@ -15,7 +15,7 @@ from torch import Tensor
 
 from grpo_fast.ops.backend import Backend, RowChunk, RowSlopes, RowStatistics, Transform, new_statistics
 from grpo_fast.ops.devices import traits
-from grpo_fast.ops.float32_products import add_product
+from grpo_fast.ops.float32_products import add_product, scratch_bytes
 
 MIN_ROW_BLOCK = 16
 UPCAST_BYTES = 32 * 2**20
@@ -39,7 +39,9 @@ class TorchBackend(Backend):
 
     def gemm_scratch_bytes(self, dtype: torch.dtype, device: torch.device) -> int:
         """Temporary memory of the GEMMs alone."""
-        return 2 * UPCAST_BYTES if _upcasts(dtype, device) else 0
+        upcast = _upcasts(dtype, device)
+        split = scratch_bytes(device) if upcast or dtype == torch.float32 else 0
+        return split + (2 * UPCAST_BYTES if upcast else 0)
 
     # -- GEMMs -------------------------------------------------------------------------------------------------------
 
