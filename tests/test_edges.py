@@ -199,7 +199,8 @@ def test_every_logits_product_is_of_whole_tiles(plan: str, masked: float, monkey
     with torch.set_grad_enabled(plan != "none"):
         out = grpo_loss(
             leaves["hidden"], weight, case.targets, case.advantages, cu_seqlens=case.cu_seqlens, backend="torch",
-            loss_mask=case.loss_mask, plan="auto" if plan == "none" else plan,
+            loss_mask=case.loss_mask if masked else None, plan="auto" if plan == "none" else plan, ignore_index=None,
+            config=LossConfig(all_token_metrics=True),
         )  # fmt: skip
         if plan != "none":
             out.loss.backward()

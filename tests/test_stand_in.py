@@ -6,7 +6,9 @@ Backend `torch` here; tests/interpreted/test_stand_in.py runs the same with `tri
 from __future__ import annotations
 
 import gc
+import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -198,6 +200,77 @@ def test_scaled_loss_and_backward_twice(factor: float) -> None:
     for name, one, other in zip(leaves, first, second, strict=True):
         assert rel_rms(one, factor * gradients[name]) <= HALF_FLOOR
         assert rel_rms(other, factor * gradients[name]) <= HALF_FLOOR
+
+
+@pytest.mark.parametrize("plan", ["single_pass", "recompute", "lean"])
+def test_sharpest_of_many_temperatures_does_not_overflow(plan: str) -> None:
+    """Row temperatures 2^17 apart: float16's scale is that of the sharpest, or its dx is infinite."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(8, 16).half(), torch.randn(40, 16).half()
+    targets, temperature = torch.arange(8), torch.tensor([128.0, 2.0**-10] * 4)
+    hidden[1::2] *= 2.0**-11  # or one word of a sharp row would have all of the probability
+    exact_hidden, exact_weight = (tensor.double().requires_grad_() for tensor in (hidden, weight))
+    z = exact_hidden @ exact_weight.T / temperature.double()[:, None]
+    (-torch.log_softmax(z, -1)[torch.arange(8), targets].mean()).backward()  # the ratio is 1
+    ours, buffer = hidden.clone().requires_grad_(), torch.zeros(40, 16)
+    with stand_in():
+        out = grpo_loss(
+            ours, weight.clone().requires_grad_(), targets, torch.ones(1), temperature=temperature, plan=plan,
+            backend=BACKEND, main_grad=buffer,
+        )  # fmt: skip
+        out.loss.backward()
+    bound = TOLERANCES[torch.float16].floor
+    assert rel_rms(buffer, exact_weight.grad) <= bound
+    assert rel_rms(ours.grad, exact_hidden.grad) <= bound
+
+
+@pytest.mark.parametrize("plan", ["single_pass", "recompute", "lean"])
+def test_a_biass_sum_is_beyond_float16(plan: str) -> None:
+    """Ratios of e^9 in 32 rows: a column's scaled dx adds up to more than 65504, in float32 until it is unscaled."""
+    hidden = torch.zeros(32, 4, dtype=torch.float16, requires_grad=True)
+    weight, bias = (torch.zeros(shape, dtype=torch.float16, requires_grad=True) for shape in ((8, 4), (8,)))
+    with stand_in():
+        out = grpo_loss(
+            hidden, weight, torch.zeros(32, dtype=torch.int64), -torch.ones(1), bias=bias, plan=plan, backend=BACKEND,
+            old_logprobs=torch.full((32,), -9.0 - math.log(8)), normalizer=32.0,
+        )  # fmt: skip
+        out.loss.backward()
+    # loss = mean of the ratios; all eight words are as likely
+    expected = math.exp(9.0) * torch.tensor([0.875] + [-0.125] * 7)
+    torch.testing.assert_close(bias.grad.float(), expected, rtol=2e-3, atol=0)
+
+
+@pytest.mark.parametrize("plan", ["recompute", "lean"])
+def test_a_biass_sum_of_more_rows_than_float16_counts(plan: str) -> None:
+    """Where the slopes are known the scale brings the largest to 1: of 150,000 rows the sum is beyond 65504 still."""
+    rows = 150_000
+    hidden = torch.zeros(rows, 4, dtype=torch.float16, requires_grad=True)
+    weight, bias = (torch.zeros(shape, dtype=torch.float16, requires_grad=True) for shape in ((8, 4), (8,)))
+    with stand_in():
+        out = grpo_loss(
+            hidden, weight, torch.zeros(rows, dtype=torch.int64), torch.ones(1), bias=bias, plan=plan, backend="torch"
+        )
+        out.loss.backward()
+    torch.testing.assert_close(bias.grad.float(), torch.tensor([-0.875] + [0.125] * 7), rtol=2e-3, atol=0)
+
+
+def test_dppos_regulariser_alone_sets_float16s_scale() -> None:
+    """Advantages of 0 say nothing of what the regulariser's gradient needs: of weights of 1e-7 it would be lost."""
+    case = make_case(5, LENGTHS, dtype=torch.float16)
+    case.advantages.zero_()
+    config = LossConfig(loss_type="dppo", dppo_log_ratio_coef=0.1)
+    buffers = []
+    for each, device in ((case.double(), nullcontext()), (case, stand_in())):
+        buffers.append(torch.zeros_like(each.weight, dtype=torch.promote_types(each.weight.dtype, torch.float32)))
+        leaves = each.leaves()
+        with device:
+            out = grpo_loss(
+                leaves["hidden"], leaves["weight"], each.targets, each.advantages, config=config, normalizer=1e7,
+                plan="single_pass", main_grad=buffers[-1], backend=BACKEND, **each.policy_inputs(config),
+            )  # fmt: skip
+            out.loss.backward()
+    assert buffers[0].abs().sum() > 0
+    assert rel_rms(buffers[1], buffers[0]) <= TOLERANCES[torch.float16].floor
 
 
 def test_main_grad_refuses_a_scaled_loss_on_the_device() -> None:
