@@ -319,6 +319,24 @@ def test_denominators_get_no_gradient_in_any_plan(plan: str) -> None:
     assert [count.grad for count in counts] == [None, None]
 
 
+@pytest.mark.parametrize("plan", ["single_pass", "resident", "recompute", "lean"])
+def test_a_rollout_in_inference_mode(plan: str) -> None:
+    """What it hands over is not autograd's to save; every plan takes it."""
+    case = make_case(7)
+    leaves = case.leaves()
+    with torch.inference_mode():
+        given = {name: getattr(case, name).clone() for name in ("cu_seqlens", "loss_mask")}
+        targets, advantages = case.targets.clone(), case.advantages.clone()
+        temperature = torch.ones(targets.shape)
+        old = token_logprobs(case.hidden, case.weight, targets, temperature=temperature).logprobs
+    out = grpo_loss(
+        leaves["hidden"], leaves["weight"], targets, advantages, old_logprobs=old, temperature=temperature, plan=plan,
+        **given,
+    )  # fmt: skip
+    out.loss.backward()
+    assert leaves["weight"].grad.abs().sum() > 0
+
+
 @pytest.mark.parametrize("dtype", [torch.int64, torch.complex64])
 def test_entropies_are_floating_point(dtype: torch.dtype) -> None:
     case = make_case(7)

@@ -48,9 +48,9 @@ class HeadLaunch:
         backend: str,
         workspace_bytes: int | None,
     ) -> HeadLaunch:
-        row_temperature = temperature.reshape(-1) if isinstance(temperature, Tensor) else None
+        row_temperature = _savable(temperature.reshape(-1)) if isinstance(temperature, Tensor) else None
         args = HeadArgs(
-            targets=targets,
+            targets=_savable(targets),
             row_temperature=row_temperature,
             active=None if active is None else active.mask,
             rows=None,
@@ -148,3 +148,10 @@ class HeadLaunch:
 
 def _detached(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
+
+
+def _savable(tensor: Tensor) -> Tensor:
+    """A rollout's tensors may be of `torch.inference_mode`, which autograd does not save: then a copy."""
+    if torch.compiler.is_compiling() or torch.is_inference_mode_enabled() or not tensor.is_inference():
+        return tensor
+    return tensor.clone()
