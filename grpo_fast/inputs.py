@@ -241,6 +241,8 @@ def check_main_grad(main_grad: Tensor | None, weight: Tensor) -> None:
             f"main_grad: expected contiguous memory; got shape {list(main_grad.shape)} with strides "
             f"{list(main_grad.stride())}"
         )
+    if not torch.compiler.is_compiling() and main_grad.untyped_storage()._cdata == weight.untyped_storage()._cdata:
+        raise ValueError("main_grad: expected memory of its own; got the weight's, which it would overwrite")
     if main_grad.requires_grad or not weight.requires_grad:
         raise ValueError(
             "main_grad: expected a buffer without requires_grad, for a weight that requires a gradient; got "

@@ -116,6 +116,8 @@ def test_main_grad_of_strides_is_refused() -> None:
     with pytest.raises(ValueError, match="main_grad: expected contiguous memory"):
         token_logprobs(*arguments, main_grad=torch.zeros(32, 97).t())
     assert not whole.any()
+    with pytest.raises(ValueError, match="main_grad: expected memory of its own; got the weight's"):
+        token_logprobs(*arguments, main_grad=leaves["weight"].detach())
 
 
 # -- temperature ------------------------------------------------------------------------------------------------------
