@@ -23,7 +23,7 @@ from grpo_fast.install import install_command
 from grpo_fast.loss import grpo_loss
 from grpo_fast.ops import cpu_backend, cuda_backend
 from grpo_fast.ops.backend import backend_names, get_backend, resolve_backend
-from grpo_fast.ops.planner import MIN_TILE_ROWS
+from grpo_fast.ops.planner import least_workspace_bytes
 from grpo_fast.reference import reference_loss
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -99,7 +99,8 @@ def compare(
         cu_seqlens=given["cu_seqlens"],
         old_logprobs=given["old_logprobs"],
         ref_logprobs=given["ref_logprobs"],
-        workspace_bytes=least_workspace_bytes(name, dtype, device) if several_chunks else None,
+        # The least: a third of the rows at a time.
+        workspace_bytes=least_workspace_bytes(name, VOCAB, dtype, device) if several_chunks else None,
     )
     out.loss.backward()
     oracle = reference_loss(
@@ -118,13 +119,6 @@ def compare(
     pairs = [("loss", out.loss, oracle.loss), ("logprobs", out.logprobs, oracle.logprobs)]
     pairs += [(f"gradient of {key}", _gradient(ours[key]), _gradient(exact[key])) for key in ours]
     return {key: (_relative_rms(actual, expected), BOUNDS[actual.dtype]) for key, actual, expected in pairs}
-
-
-def least_workspace_bytes(name: str, dtype: torch.dtype, device: torch.device) -> int:
-    """The smallest workspace that the backend takes for these inputs: a third of their rows at a time."""
-    backend = get_backend(name)
-    logit_bytes = max(4, dtype.itemsize) + dtype.itemsize * backend.stages_dx
-    return backend.scratch_bytes(VOCAB, dtype, device) + MIN_TILE_ROWS * backend.row_pitch(VOCAB) * logit_bytes
 
 
 def _inputs(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.objectives import Tokens, importance_weight
 from grpo_fast.ops.backend import resolve_backend
-from grpo_fast.ops.devices import traits
+from grpo_fast.ops.devices import is_traced, traits
 from grpo_fast.ops.group_backend import ActiveRows
 from grpo_fast.packing import Segments
 from grpo_fast.rows import looks_at_sequences, token_rows
@@ -31,7 +31,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 def checks_values(tensor: Tensor) -> bool:
     """Whether checks may read values of `tensor` back."""
-    if torch.compiler.is_compiling() or torch._guards.detect_fake_mode(tensor) is not None:
+    if is_traced(tensor):
         return False
     return not traits(tensor.device).asynchronous or os.environ.get("GRPO_FAST_DEBUG", "0") not in ("", "0")
 
@@ -193,17 +193,15 @@ def token_mask(
         check_tensor("loss_mask", loss_mask, shapes=[(tuple(shape), "one a token")], device=like.device)
         if loss_mask.is_complex():
             raise ValueError(f"loss_mask: expected bool, integers, or zeros and ones; got {loss_mask.dtype}")
-        mask = loss_mask.reshape(-1) != 0
-        if (
-            loss_mask.is_floating_point()
-            and checks_values(loss_mask)
-            and bool((mask & (loss_mask.reshape(-1) != 1)).any())
-        ):
-            other = loss_mask.reshape(-1)[mask & (loss_mask.reshape(-1) != 1)][0]
-            raise ValueError(
-                "loss_mask: expected only zeros and ones where it is floating-point (it is no weight); "
-                f"got {float(other)}"
-            )
+        flat = loss_mask.reshape(-1)
+        mask = flat != 0
+        if flat.is_floating_point() and checks_values(flat):
+            others = flat[mask & (flat != 1)]
+            if others.numel():
+                raise ValueError(
+                    "loss_mask: expected only zeros and ones where it is floating-point (it is no weight); "
+                    f"got {float(others[0])}"
+                )
     if targets is not None and ignore_index is not None:
         kept = targets.reshape(-1) != ignore_index
         # Where looking costs nothing: none is ignored, as in most calls, so that all rows are known to be wanted.

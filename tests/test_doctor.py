@@ -71,7 +71,7 @@ def test_a_wrong_backend_is_found(
 @pytest.mark.parametrize("dtype", doctor.BOUNDS)
 @pytest.mark.parametrize("name", [name for name in backend_names() if get_backend(name).why_unavailable(CPU) is None])
 def test_the_least_workspace_gives_several_chunks(name: str, dtype: torch.dtype) -> None:
-    least = doctor.least_workspace_bytes(name, dtype, CPU)
+    least = doctor.least_workspace_bytes(name, doctor.VOCAB, dtype, CPU)
     budget = row_budget(name, doctor.VOCAB, doctor.WIDTH, dtype, CPU, least)
     assert 2 * budget.rows_at_once < doctor.NUM_TOKENS
     with pytest.raises(ValueError, match="workspace_bytes: expected at least"):

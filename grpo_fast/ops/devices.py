@@ -73,6 +73,11 @@ TRAITS: dict[str, DeviceTraits] = {
 _OTHERS = DeviceTraits(wide_products=False, asynchronous=True, streams=None, tile_rows=128, row_block_elements=2**19)
 
 
+def is_traced(tensor: torch.Tensor) -> bool:
+    """Whether there are no values to read or to hand to native code: a compiler or a fake mode is looking on."""
+    return torch.compiler.is_compiling() or torch._guards.detect_fake_mode(tensor) is not None
+
+
 def traits(device: torch.device) -> DeviceTraits:
     """What devices of this kind can do."""
     return TRAITS.get(device.type, _OTHERS)

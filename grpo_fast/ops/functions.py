@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.objectives import Tokens, objective, total_loss
 from grpo_fast.ops.backend import Transform, get_backend
-from grpo_fast.ops.devices import traits
+from grpo_fast.ops.devices import is_traced, traits
 from grpo_fast.ops.gradients import Gradients, Wanted
 from grpo_fast.ops.lean import lean_backward_pass
 from grpo_fast.ops.passes import backward_pass, forward_pass, objective_pass
@@ -269,8 +269,7 @@ class FusedObjective(torch.autograd.Function):
             _require_unit_gradient(grad_loss)
         # Unless the graph is kept, autograd frees the saved gradients after this: they may be scaled in place, and
         # handed out as they are. Where it is kept, another backward reads them, and the caller owns what it was given.
-        compiling = torch.compiler.is_compiling() or _is_fake(grad_loss)
-        in_place = not compiling and not torch._C._autograd._get_current_graph_task_keep_graph()
+        in_place = not is_traced(grad_loss) and not torch._C._autograd._get_current_graph_task_keep_graph()
         unit = in_place and not traits(grad_loss.device).asynchronous and grad_loss.item() == 1
 
         def scaled(grad: Tensor) -> Tensor:
@@ -293,10 +292,6 @@ def _cast_gradients(grads, inputs):  # type: ignore[no-untyped-def]
         None if tensor is None or grad.shape != tensor.shape else grad.to(tensor.dtype)
         for grad, tensor in zip(grads, inputs, strict=True)
     ]
-
-
-def _is_fake(tensor: Tensor) -> bool:
-    return torch._guards.detect_fake_mode(tensor) is not None
 
 
 def _require_unit_gradient(grad_loss: Tensor) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from grpo_fast.ops.devices import traits
@@ -102,7 +101,7 @@ class _WeightGradient:
 
     def __init__(self, call: HeadCall, main_grad: Tensor | None) -> None:
         self.call, self.main_grad = call, main_grad
-        self.scaled = call.hidden.dtype == torch.float16
+        self.scaled = call.scales_dx
         self.sum = None if self.scaled else main_grad
         self.result: Tensor | None = None
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 import grpo_fast.ops.cpu_backend as cpu_backend
 from grpo_fast.ops.backend import resolve_backend
+from grpo_fast.ops.devices import is_traced
 
 
 @dataclass(frozen=True)
@@ -197,9 +198,8 @@ def _write_token_rows(
 
 def _serves(values: Tensor, backend: str) -> bool:
     """Whether a backend has native code for tensors like this one; none has a derivative, and none can be traced."""
-    if torch.compiler.is_compiling() or values.dtype not in (torch.float32, torch.float64):
-        return False
-    return backend in ("triton", "cpu") and torch._guards.detect_fake_mode(values) is None
+    native = backend in ("triton", "cpu") and values.dtype in (torch.float32, torch.float64)
+    return native and not is_traced(values)
 
 
 def _dtype(native, values: Tensor):  # type: ignore[no-untyped-def]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.objectives import Tokens
-from grpo_fast.ops.backend import get_backend, resolve_backend
+from grpo_fast.ops.backend import get_backend
 from grpo_fast.ops.devices import traits
 from grpo_fast.ops.functions import FusedObjective, HeadArgs, Logprobs, forward_op
 from grpo_fast.ops.group_backend import ActiveRows
@@ -48,6 +48,7 @@ class HeadLaunch:
         backend: str,
         workspace_bytes: int | None,
     ) -> HeadLaunch:
+        """Args: backend: its name, resolved. temperature: a float, or `[T]`."""
         row_temperature = _savable(temperature.reshape(-1)) if isinstance(temperature, Tensor) else None
         args = HeadArgs(
             targets=_savable(targets),
@@ -57,7 +58,7 @@ class HeadLaunch:
             temperature=1.0 if isinstance(temperature, Tensor) else float(temperature),
             logit_scale=float(head.logit_scale),
             softcap=None if head.softcap is None else float(head.softcap),
-            backend=resolve_backend(backend, hidden.device),
+            backend=backend,
             workspace_bytes=default_workspace_bytes(hidden.device) if workspace_bytes is None else workspace_bytes,
         )
         return HeadLaunch(hidden.reshape(-1, hidden.shape[-1]), weight, bias, args, active)

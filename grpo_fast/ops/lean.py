@@ -8,7 +8,6 @@ what accumulates across blocks is dHidden, `[n, H]` float32.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from grpo_fast.ops.backend import RowChunk
@@ -67,7 +66,7 @@ def _grad_weight_block(
     call: HeadCall, dx: Tensor, hidden: Tensor, out: Tensor, scale: float | Tensor, *, accumulate: bool
 ) -> None:
     """out (+)= dx^T hidden / scale."""
-    if hidden.dtype != torch.float16:
+    if not call.scales_dx:
         call.backend.grad_weight(dx, hidden, out, out if accumulate else None)
         return
     wide = out.new_empty(out.shape, dtype=call.accumulator)

@@ -81,10 +81,10 @@ def scaled_slopes(
     """The computed rows' slopes `[n]` from `[T]`, with g and e multiplied by the scale that comes beside them."""
     lse, entropy, g = (call.gather(values) for values in (lse, entropy, g))
     e = None if e is None else call.gather(e)
+    if not call.scales_dx:
+        return RowSlopes(lse, entropy, g, e), 1.0
     scale = call.grad_scale(g, e)
-    if isinstance(scale, Tensor):
-        g, e = g * scale, None if e is None else e * scale
-    return RowSlopes(lse, entropy, g, e), scale
+    return RowSlopes(lse, entropy, g * scale, None if e is None else e * scale), scale
 
 
 def objective_pass(
@@ -104,12 +104,14 @@ def objective_pass(
     results = ObjectiveResults(call.new_rows(), call.new_rows(), call.new_rows(torch.bool))
     if call.rows is not None:
         tokens, weights = tokens.rows(call.rows, row_counts), weights[call.rows]
-    regulariser = config.dppo_log_ratio_coef if config.loss_type == "dppo" else 0.0
-    scale = call.grad_scale(
-        weights * tokens.advantages,
-        weights * (config.beta + regulariser),
-        config.entropy_coef / tokens.bonus_count if config.entropy_coef else None,
-    )
+    scale: float | Tensor = 1.0
+    if call.scales_dx:
+        regulariser = config.dppo_log_ratio_coef if config.loss_type == "dppo" else 0.0
+        scale = call.grad_scale(
+            weights * tokens.advantages,
+            weights * (config.beta + regulariser),
+            config.entropy_coef / tokens.bonus_count if config.entropy_coef else None,
+        )
 
     def rows(piece: Piece) -> Tensor:
         own = RowObjective(tokens.part(piece.start, piece.stop, row_counts), weights[piece.slice], config, scale)

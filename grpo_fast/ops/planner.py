@@ -34,7 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast.ops.backend import get_backend
+from grpo_fast.ops.backend import Backend, get_backend
 from grpo_fast.ops.devices import traits
 
 logger = logging.getLogger("grpo_fast")
@@ -115,6 +115,18 @@ def default_workspace_bytes(device: torch.device) -> int:
     return 2**28 if memory is None else min(max(memory // MEMORY_SHARE, LEAST_WORKSPACE), MOST_WORKSPACE)
 
 
+def _row_bytes(engine: Backend, vocab: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Of a row of logits, float32 (float64 for float64 inputs), and of a row of dx with a place of its own, if any."""
+    pitch = engine.row_pitch(vocab)
+    return pitch * max(4, dtype.itemsize), pitch * dtype.itemsize * engine.stages_dx
+
+
+def least_workspace_bytes(backend: str, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+    """The smallest workspace that a backend takes: one tile of the fewest rows."""
+    engine = get_backend(backend)
+    return engine.scratch_bytes(vocab, dtype, device) + MIN_TILE_ROWS * sum(_row_bytes(engine, vocab, dtype))
+
+
 @torch.compiler.assume_constant_result  # plain values in and out: nothing for a compiler to trace
 def row_budget(
     backend: str, vocab: int, width: int, dtype: torch.dtype, device: torch.device, workspace_bytes: int
@@ -125,16 +137,14 @@ def row_budget(
         ValueError: the workspace does not hold the smallest tile.
     """
     engine = get_backend(backend)
-    pitch = engine.row_pitch(vocab)
-    row_bytes = pitch * max(4, dtype.itemsize)  # a logit is float32, or float64 for float64 inputs
-    staged_bytes = pitch * dtype.itemsize if engine.stages_dx else 0
-    available = workspace_bytes - engine.scratch_bytes(vocab, dtype, device)
-    least = MIN_TILE_ROWS * (row_bytes + staged_bytes)
-    if available < least:
+    row_bytes, staged_bytes = _row_bytes(engine, vocab, dtype)
+    least = least_workspace_bytes(backend, vocab, dtype, device)
+    if workspace_bytes < least:
         raise ValueError(
-            f"workspace_bytes: expected at least {workspace_bytes - available + least} for a vocabulary of {vocab} "
-            f"and backend {backend!r}; got {workspace_bytes}"
+            f"workspace_bytes: expected at least {least} for a vocabulary of {vocab} and backend {backend!r}; "
+            f"got {workspace_bytes}"
         )
+    available = workspace_bytes - engine.scratch_bytes(vocab, dtype, device)
     tile_rows = _tuning.tile_rows or engine.preferred_tile_rows(dtype, device)
     # Two tiles at least: whole tiles leave little room unused, or half of the room for dx. Tiles of more than 512 rows,
     # which near the memory's bandwidth at small H, only where dx keeps three quarters.

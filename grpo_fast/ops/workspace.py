@@ -94,24 +94,27 @@ class HeadCall:
         """Memory `[n]` for a result of the row functions, in the accumulator's dtype by default."""
         return self.hidden.new_empty(self.num_rows, dtype=self.accumulator if dtype is None else dtype)
 
-    def grad_scale(self, *slopes: Tensor | None) -> float | Tensor:
-        """Power of two by which float16 dx is held larger, as a weight of 1/T would underflow; 1 for other dtypes.
+    @property
+    def scales_dx(self) -> bool:
+        """Whether dx is held larger than it is, by `grad_scale`: float16, where a weight of 1/T would underflow."""
+        return self.hidden.dtype == torch.float16
+
+    def grad_scale(self, *slopes: Tensor | None) -> Tensor:
+        """The power of two by which dx is held larger, 0-dim float32.
 
         It brings the largest of the rows' |dloss/dlogprob| and |dloss/dentropy| (of what is known of them), times the
         largest d z / d x, to between 1 and 2: 2^15 is left for ratios above 1.
         """
-        if self.hidden.dtype != torch.float16:
-            return 1.0
         largest = self.hidden.new_zeros((), dtype=torch.float32)
+        if self.num_rows == 0:
+            return largest + 1
         for slope in slopes:
-            if slope is not None and slope.numel():
+            if slope is not None:
                 known = torch.where(slope.isfinite(), slope.abs(), 0.0)
                 largest = torch.maximum(largest, known.amax().float())
         temperature = self.transform.temperature
-        if isinstance(temperature, Tensor) and temperature.numel():
-            temperature = temperature.amin().float()
-        if not isinstance(temperature, Tensor) or temperature.numel():
-            largest = largest * abs(self.transform.head.logit_scale) / temperature
+        sharpest = temperature.amin().float() if isinstance(temperature, Tensor) else temperature
+        largest = largest * abs(self.transform.head.logit_scale) / sharpest
         return torch.where(largest > 0, _power_of_two_over(largest), 1.0)
 
 
