@@ -113,6 +113,7 @@ setup(
         "grpo_fast",
         "grpo_fast.integrations",
         "grpo_fast.integrations.trl",
+        "grpo_fast.backends",
         "grpo_fast.ops",
         "grpo_fast.trainer",
         "grpo_fast.kernels",

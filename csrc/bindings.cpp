@@ -1,4 +1,4 @@
-// grpo_fast._C: the native CPU functions for Python; their callers in grpo_fast/ops/cpu_backend.py have checked the
+// grpo_fast._C: the native CPU functions for Python; their callers in grpo_fast/backends/cpu.py have checked the
 // arguments.
 
 #include <pybind11/stl.h>

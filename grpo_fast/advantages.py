@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from grpo_fast.backends.groups import native_group_advantages
 from grpo_fast.config import require_choice
-from grpo_fast.ops.group_backend import native_group_advantages
 
 SCALES = ("group", "batch", "none", "leave_one_out")
 AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")

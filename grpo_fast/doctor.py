@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from grpo_fast import __version__
+from grpo_fast.backends import cpu as cpu_backend
+from grpo_fast.backends import cuda as cuda_backend
+from grpo_fast.backends.base import backend_names, get_backend, resolve_backend
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.install import install_command
 from grpo_fast.loss import grpo_loss
-from grpo_fast.ops import cpu_backend, cuda_backend
-from grpo_fast.ops.backend import backend_names, get_backend, resolve_backend
 from grpo_fast.ops.planner import least_workspace_bytes
 from grpo_fast.reference import reference_loss
 

@@ -18,11 +18,11 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
+from grpo_fast.backends.base import resolve_backend
+from grpo_fast.backends.devices import is_traced, traits
+from grpo_fast.backends.groups import ActiveRows
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.objectives import Tokens, importance_weight
-from grpo_fast.ops.backend import resolve_backend
-from grpo_fast.ops.devices import is_traced, traits
-from grpo_fast.ops.group_backend import ActiveRows
 from grpo_fast.packing import Segments
 from grpo_fast.rows import looks_at_sequences, token_rows
 

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_fast.backends.base import resolve_backend
+from grpo_fast.backends.groups import ActiveRows
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.inputs import (
     HeadLike,
@@ -36,8 +38,6 @@ from grpo_fast.inputs import (
 )
 from grpo_fast.metrics import Metrics, collect_metrics
 from grpo_fast.objectives import Terms, couples_sequences, couples_tokens, objective, total_loss
-from grpo_fast.ops.backend import resolve_backend
-from grpo_fast.ops.group_backend import ActiveRows
 from grpo_fast.ops.launch import HeadLaunch, computed_tokens
 
 __all__ = [

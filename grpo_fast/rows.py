@@ -2,7 +2,7 @@
 
 Legend: T packed tokens, S sequences.
 
-Where an objective keeps or drops every token by itself, native code does it in one pass (`ops/group_backend.py`), if it
+Where an objective keeps or drops every token by itself, native code does it in one pass (`backends/groups.py`), if it
 is there for the device. The rest of this file is the definition, by torch's operators, and serves everything else.
 """
 
@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from grpo_fast.aggregation import aggregation_name, default_normalizer, token_weights
+from grpo_fast.backends.groups import ActiveRows, TokenRows, native_token_rows
 from grpo_fast.config import LossConfig
 from grpo_fast.objectives import Tokens, couples_tokens, needs_every_row
-from grpo_fast.ops.group_backend import ActiveRows, TokenRows, native_token_rows
 
 
 def token_rows(

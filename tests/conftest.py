@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from grpo_fast.ops import backend
+from grpo_fast.backends import base as backend
 from tests.cases import INTERPRETED
 
 torch.utils.deterministic.fill_uninitialized_memory = True

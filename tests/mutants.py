@@ -43,7 +43,7 @@ MUTANTS = (
     Mutant("idle-rows-of-later-chunks", "grpo_fast/ops/gradients.py", "kept + index.start if", "kept if"),
     Mutant(
         "temperature-of-first-chunk",
-        "grpo_fast/ops/backend.py",
+        "grpo_fast/backends/base.py",
         "self.temperature[rows])",
         "self.temperature[: len(self.temperature[rows])])",
     ),
@@ -165,11 +165,11 @@ MUTANTS = (
     Mutant("lean-overwrites-hidden", "grpo_fast/ops/lean.py", "accumulate=start > 0", "accumulate=False"),
     Mutant(
         "lean-block-of-first-bias",
-        "grpo_fast/ops/backend.py",
+        "grpo_fast/backends/base.py",
         "bias=self.bias[start:stop]",
         "bias=self.bias[: stop - start]",
     ),
-    Mutant("softcap-slope-without-temperature", "grpo_fast/ops/torch_backend.py", "capped.mul_(temperature)", "pass"),
+    Mutant("softcap-slope-without-temperature", "grpo_fast/backends/torch.py", "capped.mul_(temperature)", "pass"),
     Mutant(
         "resident-above-the-workspace",
         "grpo_fast/ops/workspace.py",

@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from grpo_fast.backends.base import get_backend
 from grpo_fast.ops import planner
-from grpo_fast.ops.backend import get_backend
 from tests.cases import INTERPRETED
 from tests.stand_in import stand_in
 

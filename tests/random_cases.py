@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_fast.backends.base import get_backend
 from grpo_fast.config import KL_ESTIMATORS, LOSS_TYPES, HeadConfig, LossConfig
-from grpo_fast.ops.backend import get_backend
 from grpo_fast.reference import reference_logprobs
 from tests.cases import INTERPRETED
 from tests.reference_metrics import TokenData, couples_tokens

@@ -31,7 +31,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from grpo_fast.ops import devices, planner
+from grpo_fast.backends import devices
+from grpo_fast.ops import planner
 from tests.allocations import OPERATORS
 from tests.cases import INTERPRETED
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from grpo_fast.advantages import AGGREGATIONS, SCALES, group_advantages
-from grpo_fast.ops import cpu_backend
+from grpo_fast.backends import cpu as cpu_backend
 from grpo_fast.reference import reference_advantages
 
 NAN = math.nan

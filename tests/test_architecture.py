@@ -82,22 +82,19 @@ def modules() -> dict[str, set[Import]]:
 
 
 def room(module: str) -> str:
-    """Where a module lives: kernels, backend, ops, reference, loss (the core), trainer, integrations or cli."""
+    """Where a module lives: kernels, backends, ops, reference, loss (the core), trainer, integrations or cli."""
     parts = module.split(".")
     if len(parts) == 1:
         return "root"
     if parts[1] in ("kernels", "_C", "_cuda"):
         return "kernels"
-    if parts[1] == "ops":
-        return "backend" if parts[-1].endswith("_backend") or parts[-1] in BACKENDS_OWN else "ops"
-    if parts[1] in ("trainer", "integrations", "cli", "reference", "__main__", "doctor"):
+    if parts[1] in ("backends", "ops", "trainer", "integrations", "cli", "reference", "__main__", "doctor"):
         return parts[1].replace("__main__", "cli")
     return "shared" if parts[1] in SHARED else "loss"
 
 
 # Rooms that both the loss and the ops below it speak: what the options, rows and objectives are.
 SHARED = ("config", "packing", "objectives", "aggregation", "install")
-BACKENDS_OWN = ("backend", "devices", "float32_products")
 
 # room -> rooms it may import from, besides itself. `root` brings the loss when a name is asked for; `reference` is the
 # tests' and doctor's.
@@ -106,16 +103,16 @@ ARROWS = {
     "kernels": set(),
     "reference": set(),
     "shared": {"root"},
-    "backend": {"root", "shared", "kernels"},
-    "ops": {"root", "shared", "backend"},
-    "loss": {"root", "shared", "ops", "backend"},
+    "backends": {"root", "shared", "kernels"},
+    "ops": {"root", "shared", "backends"},
+    "loss": {"root", "shared", "ops", "backends"},
     "trainer": {"root", "shared", "loss"},
     "integrations": {"root", "shared", "loss"},
-    "doctor": {"root", "shared", "loss", "ops", "backend", "reference"},
+    "doctor": {"root", "shared", "loss", "ops", "backends", "reference"},
     "cli": {"root", "shared", "loss", "trainer", "doctor"},
 }
 THIRD_PARTIES = {"kernels": {"torch", "triton"}}
-for _room in ("reference", "shared", "backend", "ops", "loss", "doctor"):
+for _room in ("reference", "shared", "backends", "ops", "loss", "doctor"):
     THIRD_PARTIES[_room] = {"torch"}
 
 

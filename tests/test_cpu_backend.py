@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from grpo_fast.backends import base as table
+from grpo_fast.backends import cpu as cpu_backend
+from grpo_fast.backends.base import get_backend, resolve_backend
 from grpo_fast.config import LossConfig
 from grpo_fast.install import install_command
 from grpo_fast.loss import grpo_loss, token_logprobs
 from grpo_fast.objectives import couples_tokens
-from grpo_fast.ops import backend as table
-from grpo_fast.ops import cpu_backend
-from grpo_fast.ops.backend import get_backend, resolve_backend
 from tests.cases import OBJECTIVES, make_case, rel_rms
 
 CPU = torch.device("cpu")

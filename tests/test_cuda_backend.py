@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from grpo_fast.advantages import group_advantages
+from grpo_fast.backends import base as table
+from grpo_fast.backends import cuda as cuda_backend
+from grpo_fast.backends.base import RowChunk, RowObjective, RowSlopes, Transform, get_backend, resolve_backend
+from grpo_fast.backends.cuda import CudaBackend
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.loss import grpo_loss, token_logprobs
 from grpo_fast.objectives import Tokens
-from grpo_fast.ops import backend as table
-from grpo_fast.ops import cuda_backend
-from grpo_fast.ops.backend import RowChunk, RowObjective, RowSlopes, Transform, get_backend, resolve_backend
-from grpo_fast.ops.cuda_backend import CudaBackend
 from grpo_fast.packing import Segments
 from tests.cases import OBJECTIVES, assert_close, make_case, rel_rms
 from tests.cuda_groups import check_token_rows

@@ -20,11 +20,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from grpo_fast.backends import cuda as cuda_backend
+from grpo_fast.backends.base import ObjectiveResults, RowChunk, RowObjective, RowSlopes, RowStatistics, Transform
+from grpo_fast.backends.cuda import CudaBackend
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.objectives import Tokens
-from grpo_fast.ops import cuda_backend
-from grpo_fast.ops.backend import ObjectiveResults, RowChunk, RowObjective, RowSlopes, RowStatistics, Transform
-from grpo_fast.ops.cuda_backend import CudaBackend
 from grpo_fast.packing import Segments
 from tests.cards import CARD, card
 from tests.test_csrc import CSRC, compiler, load_module

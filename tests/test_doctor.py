@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from grpo_fast import doctor
+from grpo_fast.backends import cpu as cpu_backend
+from grpo_fast.backends import cuda as cuda_backend
+from grpo_fast.backends.base import RowChunk, backend_names, get_backend, resolve_backend
+from grpo_fast.backends.torch import TorchBackend
 from grpo_fast.cli import main
 from grpo_fast.install import install_command
-from grpo_fast.ops import cpu_backend, cuda_backend
-from grpo_fast.ops.backend import RowChunk, backend_names, get_backend, resolve_backend
 from grpo_fast.ops.planner import row_budget
-from grpo_fast.ops.torch_backend import TorchBackend
 from tests.stand_in import stand_in
 
 CPU = torch.device("cpu")

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from grpo_fast.backends.torch import TorchBackend
 from grpo_fast.config import IMPORTANCE_SAMPLING_MODES
 from grpo_fast.loss import HeadConfig, LossConfig, Metrics, grpo_loss, policy_loss, token_logprobs
-from grpo_fast.ops.torch_backend import TorchBackend
 from grpo_fast.packing import pack_padded, unpack
 from tests.cases import Case, make_case, padded, rel_rms
 

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from grpo_fast.advantages import group_advantages
+from grpo_fast.backends import cuda as cuda_backend
+from grpo_fast.backends.base import Backend, RowChunk, RowObjective, RowSlopes, Transform, get_backend
+from grpo_fast.backends.cuda import CudaBackend
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.objectives import Tokens
-from grpo_fast.ops import cuda_backend
-from grpo_fast.ops.backend import Backend, RowChunk, RowObjective, RowSlopes, Transform, get_backend
-from grpo_fast.ops.cuda_backend import CudaBackend
 from grpo_fast.packing import Segments
 from tests.cases import make_case, rel_rms
 from tests.cuda_groups import check_token_rows

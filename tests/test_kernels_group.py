@@ -17,9 +17,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
 from grpo_fast.advantages import group_advantages
+from grpo_fast.backends.groups import native_token_rows
 from grpo_fast.kernels import aot
 from grpo_fast.kernels.configuration import ARCHES, Configuration
-from grpo_fast.ops.group_backend import native_token_rows
 from tests.cases import rel_rms
 
 CONFIGURATIONS = list(aot.configurations(["group_advantages", "group_rows"]))

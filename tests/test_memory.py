@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from grpo_fast.backends.base import get_backend
 from grpo_fast.loss import LossConfig, grpo_loss, token_logprobs
 from grpo_fast.ops import gradients, launch
-from grpo_fast.ops.backend import get_backend
 from tests.allocations import AllocationSpy
 from tests.cases import BACKENDS
 

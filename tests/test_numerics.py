@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
+from grpo_fast.backends.base import RowChunk, RowSlopes, Transform, get_backend
+from grpo_fast.backends.float32_products import add_product
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.loss import grpo_loss, policy_loss, token_logprobs
 from grpo_fast.ops import float32_products
-from grpo_fast.ops.backend import RowChunk, RowSlopes, Transform, get_backend
-from grpo_fast.ops.float32_products import add_product
 from tests.allocations import AllocationSpy
 from tests.cases import BACKENDS, TOLERANCES, make_case, rel_rms
 from tests.test_loss import legal_plans, oracle, run

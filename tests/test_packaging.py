@@ -133,7 +133,7 @@ import grpo_fast, grpo_fast.kernels, grpo_fast.loss
 print(grpo_fast.__file__)
 print(grpo_fast.kernels.__file__)
 print(importlib.metadata.version("grpo-fast"), grpo_fast.__version__)
-from grpo_fast.ops.backend import get_backend
+from grpo_fast.backends.base import get_backend
 print(get_backend("cpu").why_unavailable(__import__("torch").device("cpu")))
 print(sorted(path.name for path in importlib.resources.files("grpo_fast.recipes").iterdir() if path.suffix == ".yaml"))
 """

@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from grpo_fast.backends import cpu as cpu_backend
 from grpo_fast.config import LossConfig
 from grpo_fast.inputs import TokenInputs, token_inputs
 from grpo_fast.loss import policy_loss
-from grpo_fast.ops import cpu_backend
 from tests.cases import Case, make_case
 
 needs_native = pytest.mark.skipif(cpu_backend.native() is None, reason="grpo_fast._C is not built")

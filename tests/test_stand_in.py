@@ -16,11 +16,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from grpo_fast.backends.base import get_backend
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.loss import grpo_loss, token_logprobs
 from grpo_fast.objectives import couples_tokens, needs_every_row
 from grpo_fast.ops import devices
-from grpo_fast.ops.backend import get_backend
 from grpo_fast.ops.planner import row_budget
 from grpo_fast.ops.workspace import RowStream
 from tests.cases import INTERPRETED, OBJECTIVES, TOLERANCES, Case, assert_close, make_case, padded, rel_rms

@@ -9,14 +9,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from grpo_fast.backends import base as backend
+from grpo_fast.backends.base import get_backend, resolve_backend
+from grpo_fast.backends.fused import objective_numbers
+from grpo_fast.backends.groups import native_token_rows
+from grpo_fast.backends.native import _objective_config
+from grpo_fast.backends.triton import _objective
 from grpo_fast.config import LossConfig
-from grpo_fast.ops import backend
-from grpo_fast.ops.backend import get_backend, resolve_backend
-from grpo_fast.ops.fused_backend import objective_numbers
-from grpo_fast.ops.group_backend import native_token_rows
-from grpo_fast.ops.native_backend import _objective_config
 from grpo_fast.ops.planner import default_workspace_bytes, row_budget, tuning
-from grpo_fast.ops.triton_backend import _objective
 
 GPU = torch.device("cuda", 0)
 MIB = 2**20
@@ -27,8 +27,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     """A machine with a Hopper GPU, as far as questions about it go; and without native code."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr("grpo_fast.ops.triton_backend._why_not_running", lambda device: None)
-    monkeypatch.setattr("grpo_fast.ops.cpu_backend._C", None)
+    monkeypatch.setattr("grpo_fast.backends.triton._why_not_running", lambda device: None)
+    monkeypatch.setattr("grpo_fast.backends.cpu._C", None)
     monkeypatch.setattr(backend, "_announced", set())
     return monkeypatch
 
@@ -41,7 +41,7 @@ def test_auto_takes_triton_on_a_gpu_and_says_so_once(gpu: pytest.MonkeyPatch, ca
 
 
 def test_auto_without_triton(gpu: pytest.MonkeyPatch) -> None:
-    gpu.setattr("grpo_fast.ops.triton_backend.find_spec", lambda name: None)
+    gpu.setattr("grpo_fast.backends.triton.find_spec", lambda name: None)
     assert resolve_backend("auto", GPU) == "torch"
     with pytest.raises(ValueError, match=r"'triton' is not available on cuda:0: Triton is not installed; pip install"):
         resolve_backend("triton", GPU)
@@ -50,9 +50,7 @@ def test_auto_without_triton(gpu: pytest.MonkeyPatch) -> None:
 def test_auto_where_triton_cannot_compile(gpu: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     """A3: installed is not enough. The next backend serves, losses and groups, and the reason is said once."""
     pytest.importorskip("triton")
-    gpu.setattr(
-        "grpo_fast.ops.triton_backend._why_not_running", lambda device: "RuntimeError: Failed to find C compiler"
-    )
+    gpu.setattr("grpo_fast.backends.triton._why_not_running", lambda device: "RuntimeError: Failed to find C compiler")
     with caplog.at_level(logging.INFO, logger="grpo_fast"):
         assert resolve_backend("auto", GPU) == resolve_backend("auto", GPU) == "torch"
     said = "backend auto: using 'torch' on cuda; not 'triton': RuntimeError: Failed to find C compiler"
@@ -78,7 +76,7 @@ def test_no_driver_is_a_reason(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     """D6: our own words, not torch's exception."""
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr("grpo_fast.ops.cuda_backend._cuda", object())
+    monkeypatch.setattr("grpo_fast.backends.cuda._cuda", object())
     with pytest.raises(ValueError, match=rf"backend: '{name}' is not available on cuda:0: torch sees no CUDA device"):
         resolve_backend(name, GPU)
 

@@ -18,7 +18,7 @@ import torch
 from benchmarks.baselines import implementations
 from benchmarks.baselines.implementations import VERL_TORCH, Outcome
 from benchmarks.cases import Batch, Case
-from grpo_fast.ops.backend import resolve_backend
+from grpo_fast.backends.base import resolve_backend
 
 __all__ = ["CONTENDERS", "FEW", "Contender", "Outcome"]
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.machine import PeakMemory
-from grpo_fast.ops import backend as backends
+from grpo_fast.backends import base as backends
 
 Action = Callable[[], Any]
 SMI_FIELDS = (

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from grpo_fast.backends.base import Transform, get_backend
+from grpo_fast.backends.devices import is_traced, traits
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.objectives import Tokens, objective, total_loss
-from grpo_fast.ops.backend import Transform, get_backend
-from grpo_fast.ops.devices import is_traced, traits
 from grpo_fast.ops.gradients import Gradients, Wanted
 from grpo_fast.ops.lean import lean_backward_pass
 from grpo_fast.ops.passes import backward_pass, forward_pass, objective_pass

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from grpo_fast.ops.devices import traits
+from grpo_fast.backends.devices import traits
 from grpo_fast.ops.workspace import Chunk, HeadCall
 
 SPARSE_CHUNK = 0.75

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from grpo_fast.backends.base import get_backend
+from grpo_fast.backends.devices import traits
+from grpo_fast.backends.groups import ActiveRows
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.objectives import Tokens
-from grpo_fast.ops.backend import get_backend
-from grpo_fast.ops.devices import traits
 from grpo_fast.ops.functions import FusedObjective, HeadArgs, Logprobs, forward_op
-from grpo_fast.ops.group_backend import ActiveRows
 from grpo_fast.ops.planner import Demand, choose_plan, default_workspace_bytes, report, row_budget
 from grpo_fast.ops.workspace import active_rows
 

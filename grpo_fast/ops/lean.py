@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from grpo_fast.ops.backend import RowChunk
+from grpo_fast.backends.base import RowChunk
 from grpo_fast.ops.gradients import Gradients, Wanted, unscaled
 from grpo_fast.ops.passes import scaled_slopes
 from grpo_fast.ops.workspace import HeadCall

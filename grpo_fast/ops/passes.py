@@ -21,9 +21,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from grpo_fast.backends.base import ObjectiveResults, RowObjective, RowSlopes, RowStatistics
 from grpo_fast.config import LossConfig
 from grpo_fast.objectives import Tokens
-from grpo_fast.ops.backend import ObjectiveResults, RowObjective, RowSlopes, RowStatistics
 from grpo_fast.ops.gradients import Gradients, GradientSink, Wanted
 from grpo_fast.ops.workspace import HeadCall, Piece, Workspace, boundaries
 

@@ -34,8 +34,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast.ops.backend import Backend, get_backend
-from grpo_fast.ops.devices import traits
+from grpo_fast.backends.base import Backend, get_backend
+from grpo_fast.backends.devices import traits
 
 logger = logging.getLogger("grpo_fast")
 

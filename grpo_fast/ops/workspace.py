@@ -28,8 +28,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.ops.backend import Backend, RowChunk, Transform
-from grpo_fast.ops.devices import traits
+from grpo_fast.backends.base import Backend, RowChunk, Transform
+from grpo_fast.backends.devices import traits
 from grpo_fast.ops.planner import RowBudget
 
 

@@ -19,10 +19,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from grpo_fast.backends import cuda as cuda_backend
+from grpo_fast.backends import devices
+from grpo_fast.backends import triton as triton_backend
+from grpo_fast.backends.base import get_backend
 from grpo_fast.config import LossConfig
 from grpo_fast.loss import grpo_loss, token_logprobs
-from grpo_fast.ops import cuda_backend, devices, launch, triton_backend
-from grpo_fast.ops.backend import get_backend
+from grpo_fast.ops import launch
 from tests.allocations import OPERATORS
 from tests.stand_in import Streams
 
@@ -84,7 +87,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
-    monkeypatch.setattr("grpo_fast.ops.triton_backend._why_not_running", lambda device: None)
+    monkeypatch.setattr("grpo_fast.backends.triton._why_not_running", lambda device: None)
     monkeypatch.setattr(cuda_backend, "_cuda", seen.extension)
     monkeypatch.setattr(cuda_backend, "_queue", lambda tensor: {"device": tensor.device.index, "stream": 7})
     monkeypatch.setattr(Tensor, "data_ptr", lambda self: 256)

@@ -75,7 +75,7 @@ class Context:
             return num_bytes
         import torch
 
-        from grpo_fast.ops.backend import get_backend
+        from grpo_fast.backends.base import get_backend
 
         return num_bytes + get_backend(backend).scratch_bytes(vocab, torch.bfloat16, self.device.torch)
 

@@ -21,8 +21,8 @@ from benchmarks.gpu.exact import Exact
 from benchmarks.gpu.parts import Context, Task
 from benchmarks.gpu.parts.rows import objective_of
 from benchmarks.gpu.step import Step, batch_of, failures, gemm_entries, results, variant
+from grpo_fast.backends.base import RowChunk, Transform, get_backend
 from grpo_fast.config import HeadConfig
-from grpo_fast.ops.backend import RowChunk, Transform, get_backend
 from grpo_fast.ops.planner import row_budget
 
 MEASURED = ("full", "frozen_head", "no_grad", "half")

@@ -23,9 +23,9 @@ from torch import Tensor
 from benchmarks.cases import OLD_DRIFT
 from benchmarks.gpu.contest import Entry
 from benchmarks.gpu.parts import Context, Task
+from grpo_fast.backends.base import RowChunk, RowObjective, RowSlopes, Transform, get_backend
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.objectives import Tokens
-from grpo_fast.ops.backend import RowChunk, RowObjective, RowSlopes, Transform, get_backend
 from grpo_fast.packing import Segments
 
 BYTES = {"statistics": (4, 0), "gradient": (4, 2), "objective": (4, 2)}

@@ -18,8 +18,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from grpo_fast.ops.backend import ObjectiveResults, RowChunk, RowObjective, RowSlopes, RowStatistics, Transform
-from grpo_fast.ops.fused_backend import (
+from grpo_fast.backends.base import ObjectiveResults, RowChunk, RowObjective, RowSlopes, RowStatistics, Transform
+from grpo_fast.backends.fused import (
     GpuBackend,
     ObjectiveNumbers,
     correction_of,

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.ops.backend import ObjectiveResults, RowChunk, RowObjective, RowSlopes, RowStatistics
-from grpo_fast.ops.fused_backend import FusedBackend, correction_of, token_tensors
-from grpo_fast.ops.native_backend import (
+from grpo_fast.backends.base import ObjectiveResults, RowChunk, RowObjective, RowSlopes, RowStatistics
+from grpo_fast.backends.fused import FusedBackend, correction_of, token_tensors
+from grpo_fast.backends.native import (
     NativeRows,
     load_module,
     native_dtype,
@@ -28,7 +28,7 @@ from grpo_fast.ops.native_backend import (
     objective_config,
     slope_tensors,
 )
-from grpo_fast.ops.native_backend import address as _address
+from grpo_fast.backends.native import address as _address
 
 # After torch: the two share one OpenMP runtime, and gemm_cpu.cpp looks into torch's library.
 _C, _missing = load_module("grpo_fast._C")

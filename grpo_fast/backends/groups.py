@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-import grpo_fast.ops.cpu_backend as cpu_backend
-from grpo_fast.ops.backend import resolve_backend
-from grpo_fast.ops.devices import is_traced
+import grpo_fast.backends.cpu as cpu_backend
+from grpo_fast.backends.base import resolve_backend
+from grpo_fast.backends.devices import is_traced
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from grpo_fast.backends.base import RowChunk, RowSlopes
+from grpo_fast.backends.fused import ObjectiveNumbers, objective_numbers
 from grpo_fast.config import LossConfig
 from grpo_fast.install import install_command
-from grpo_fast.ops.backend import RowChunk, RowSlopes
-from grpo_fast.ops.fused_backend import ObjectiveNumbers, objective_numbers
 
 
 def load_module(name: str) -> tuple[Any, str]:

@@ -24,9 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from grpo_fast.backends.devices import traits
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.objectives import Tokens, objective, total_loss
-from grpo_fast.ops.devices import traits
 
 logger = logging.getLogger("grpo_fast")
 
@@ -274,10 +274,10 @@ def objective_derivative(
 
 # name: (module, class). Modules load when first asked for.
 _FACTORIES: dict[str, tuple[str, str]] = {
-    "triton": ("grpo_fast.ops.triton_backend", "TritonBackend"),
-    "cpu": ("grpo_fast.ops.cpu_backend", "CpuBackend"),
-    "torch": ("grpo_fast.ops.torch_backend", "TorchBackend"),
-    "cuda": ("grpo_fast.ops.cuda_backend", "CudaBackend"),  # by name only: unmeasured
+    "triton": ("grpo_fast.backends.triton", "TritonBackend"),
+    "cpu": ("grpo_fast.backends.cpu", "CpuBackend"),
+    "torch": ("grpo_fast.backends.torch", "TorchBackend"),
+    "cuda": ("grpo_fast.backends.cuda", "CudaBackend"),  # by name only: unmeasured
 }
 # What "auto" takes on a kind of device: the first that is available there.
 _AUTO = {"cuda": ("triton", "torch"), "cpu": ("cpu", "torch")}

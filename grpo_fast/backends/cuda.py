@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.ops.backend import ObjectiveResults, RowChunk, RowObjective, RowSlopes, RowStatistics
-from grpo_fast.ops.fused_backend import GpuBackend, correction_of, entropy_slope, old_gpu, token_tensors
-from grpo_fast.ops.native_backend import (
+from grpo_fast.backends.base import ObjectiveResults, RowChunk, RowObjective, RowSlopes, RowStatistics
+from grpo_fast.backends.fused import GpuBackend, correction_of, entropy_slope, old_gpu, token_tensors
+from grpo_fast.backends.native import (
     NativeRows,
     address,
     load_module,

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from grpo_fast.ops.backend import Backend, RowChunk, RowSlopes, RowStatistics, Transform, new_statistics
-from grpo_fast.ops.devices import traits
-from grpo_fast.ops.float32_products import add_product, scratch_bytes
+from grpo_fast.backends.base import Backend, RowChunk, RowSlopes, RowStatistics, Transform, new_statistics
+from grpo_fast.backends.devices import traits
+from grpo_fast.backends.float32_products import add_product, scratch_bytes
 
 MIN_ROW_BLOCK = 16
 UPCAST_BYTES = 32 * 2**20

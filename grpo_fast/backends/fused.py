@@ -13,9 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from grpo_fast.config import LossConfig
-from grpo_fast.objectives import couples_tokens
-from grpo_fast.ops.backend import (
+from grpo_fast.backends.base import (
     ObjectiveResults,
     RowChunk,
     RowObjective,
@@ -24,7 +22,9 @@ from grpo_fast.ops.backend import (
     new_results,
     new_statistics,
 )
-from grpo_fast.ops.torch_backend import TorchBackend
+from grpo_fast.backends.torch import TorchBackend
+from grpo_fast.config import LossConfig
+from grpo_fast.objectives import couples_tokens
 
 POLICY_TERMS = {
     "grpo": "clipped",

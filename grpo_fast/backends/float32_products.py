@@ -20,7 +20,7 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from grpo_fast.ops.devices import traits
+from grpo_fast.backends.devices import traits
 
 _BITS = {"tf32": 11, "bf16": 8}
 
