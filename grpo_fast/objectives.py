@@ -16,10 +16,11 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,6 +63,23 @@ class Tokens:
         """`function` of each optional `[T]` tensor, by name; None stays None."""
         names = ("old_logprobs", "ref_logprobs", "sampling_logprobs", "importance")
         return {n: None if getattr(self, n) is None else function(getattr(self, n)) for n in names}
+
+    def masked(self, mask: Tensor) -> Tokens:
+        """Only those of `mask` `[T]` unmasked; the rest must not reach an exponential."""
+        return replace(self, mask=mask, **self.optional(lambda values: torch.where(mask, values, 0.0)))
+
+    def to_wire(self) -> list[Tensor | None]:
+        """The tokens as an operator's argument; what spans more than a sequence stays behind."""
+        known = (self.advantages, self.mask, self.segments.cu_seqlens, self.bonus_count)
+        return [*known, *self.optional(lambda values: values).values()]
+
+    @staticmethod
+    def from_wire(tensors: Sequence[Tensor | None]) -> Tokens:
+        """What `to_wire` was asked of."""
+        advantages, mask, cu_seqlens, bonus_count = (tensor for tensor in tensors[:4] if tensor is not None)
+        old, ref, sampling, importance = tensors[4:]
+        segments = Segments(cu_seqlens, mask.numel())
+        return Tokens(advantages, mask, segments, bonus_count, old, ref, sampling, importance)
 
     def rows(self, rows: Tensor, row_counts: list[int] | None) -> Tokens:
         """The tokens `rows` `[n]`, the unmasked ones.
@@ -201,6 +219,11 @@ def needs_every_row(config: LossConfig) -> bool:
         or couples_sequences(config)
         or config.all_token_metrics
     )
+
+
+def slope_beside_advantage(config: LossConfig) -> float:
+    """The size of what a term's slope holds beside its multiple of the advantage: the KL's and dppo's regulariser's."""
+    return config.beta + (config.dppo_log_ratio_coef if config.loss_type == "dppo" else 0.0)
 
 
 # -- the ratio, the corrections and the masks -----------------------------------------------------------------------
@@ -455,3 +478,75 @@ def total_loss(terms: Terms, entropy: Tensor | None, weights: Tensor, config: Lo
         assert entropy is not None
         loss = loss - config.entropy_coef * (terms.entropy_weights * entropy).sum()
     return loss
+
+
+# -- objectives in the kernels' terms ---------------------------------------------------------------------------------
+
+_KERNELS = {
+    "grpo": "clipped",
+    "bnpo": "clipped",
+    "dr_grpo": "clipped",
+    "dapo": "clipped",
+    "luspo": "clipped",
+    "cispo": "cispo",
+    "sapo": "sapo",
+    "dppo": "dppo",
+    "ppo_dual": "ppo_dual",
+    "reinforce": "reinforce",
+    "rloo": "reinforce",
+}
+
+
+class KernelObjective(NamedTuple):
+    """A token-local objective: what is compiled, and numbers by name (a bound that is not there is infinite).
+
+    What a trainer changes from call to call (the bonus's weight and count) is not among it, so that few of these live.
+    `correction`, the train/inference weight: "none", "weight" (known beforehand), "token_truncate" or "token_mask".
+    """
+
+    policy: str
+    kl: str
+    kl_times_ratio: bool
+    correction: str
+    parameters: tuple[tuple[str, float], ...]
+
+    def numbers(self, names: tuple[str, ...]) -> list[float]:
+        """The parameters in a kernel's order."""
+        values = dict(self.parameters)
+        return [values[name] for name in names]
+
+
+def kernel_objective(config: LossConfig, tokens: Tokens) -> KernelObjective | None:
+    """The objective of tokens like these; None if it couples them or if no kernel has its term."""
+    if config.loss_type not in _KERNELS or couples_tokens(config, has_old=tokens.old_logprobs is not None):
+        return None
+    correction = config.importance_sampling_mode
+    if tokens.importance is not None:
+        correction = "weight"
+    elif tokens.sampling_logprobs is None:
+        correction = None
+    return _kernel_objective(config, correction or "none")
+
+
+@lru_cache(maxsize=64)
+def _kernel_objective(config: LossConfig, correction: str) -> KernelObjective:
+    low, high, delta = config.importance_sampling_clip_min, config.importance_sampling_clip_max, config.delta
+    parameters = {
+        "epsilon_low": config.epsilon,
+        "clip_low": 1.0 - config.epsilon,
+        "clip_high": 1.0 + config.upper_epsilon,
+        "clip_bound": config.upper_epsilon,
+        "delta": math.inf if delta is None else delta,
+        "beta": config.beta,
+        "importance_min": -math.inf if low is None else low,
+        "importance_max": math.inf if high is None else high,
+    }
+    own = "sapo_temperature_pos sapo_temperature_neg dppo_threshold dppo_log_ratio_coef dual_clip"
+    parameters |= {name: getattr(config, name) for name in own.split()}
+    return KernelObjective(
+        policy=_KERNELS[config.loss_type],
+        kl=config.kl_estimator if config.beta else "none",
+        kl_times_ratio=config.use_bias_correction_kl,
+        correction=correction,
+        parameters=tuple(parameters.items()),
+    )
