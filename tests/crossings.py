@@ -1,6 +1,6 @@
 """Which of our files does one call cross? Counted, and drawn down to each call of the extension.
 
-    python -m tests.crossings [--backend cpu] [--loss dapo]
+    python -m tests.crossings [--backend cpu] [--loss dapo] [--functions]
 
 One packed step, `grpo_loss(...)` and `loss.backward()`, on a small head, in bfloat16 and in float32: the very first
 call (what is imported on the way is not counted) and one that finds every cache filled. A file is crossed when a
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import inspect
 import sys
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,16 +59,14 @@ class Crossings:
         extensions: names of the modules whose functions are native calls.
 
     Attributes:
-        files: file: functions entered there, in order of first entry.
-        functions: the different ones.
+        files: file: how often each of its functions was entered, in order of first entry.
         changes: of file, from one function entered to the next.
         top: what was called from outside.
     """
 
     def __init__(self, folders: Mapping[str, Path], extensions: set[str]) -> None:
         self.folders, self.extensions = {name: str(path.resolve()) for name, path in folders.items()}, extensions
-        self.files: dict[str, int] = {}
-        self.functions: set[CodeType] = set()
+        self.files: dict[str, Counter[str]] = {}
         self.changes = 0
         self.top = Call("")
         self._names: dict[str, str | None] = {}
@@ -77,8 +76,13 @@ class Crossings:
         self._importing = 0
 
     @property
-    def entries(self) -> int:
-        return sum(self.files.values())
+    def num_functions(self) -> int:
+        """Different ones."""
+        return sum(map(len, self.files.values()))
+
+    @property
+    def num_entries(self) -> int:
+        return sum(functions.total() for functions in self.files.values())
 
     def __enter__(self) -> Crossings:
         sys.setprofile(self._event)
@@ -120,30 +124,37 @@ class Crossings:
             return
         call = self._generators.get(frame)  # one that goes on was entered before
         if call is None:
-            call = Call(f"{file}  {getattr(code, 'co_qualname', code.co_name)}")
+            name = getattr(code, "co_qualname", f"{code.co_name}:{code.co_firstlineno}")
+            call = Call(f"{file}  {name}")
             self._parent().inside.append(call)
             if code.co_flags & GENERATORS:
                 self._generators[frame] = call
-            self.files[file] = self.files.get(file, 0) + 1
-            self.functions.add(code)
+            self.files.setdefault(file, Counter())[name] += 1
             self.changes += self._last not in (None, file)
             self._last = file
         self._open.append((frame, call))
 
-    def report(self, title: str) -> str:
-        counts = f"{len(self.files)} files, {len(self.functions)} functions entered {self.entries} times"
-        files = [f"    {number:2d} {file} ({n})" for number, (file, n) in enumerate(self.files.items(), 1)]
-        return "\n".join([f"{title}: {counts}, {self.changes} changes of file", *files])
+    def report(self, title: str, *, functions: bool = False) -> str:
+        """The counts, the files, and if asked for each file's functions, those entered most often first."""
+        counts = f"{len(self.files)} files, {self.num_functions} functions entered {self.num_entries} times"
+        lines = [f"{title}: {counts}, {self.changes} changes of file"]
+        for number, (file, entered) in enumerate(self.files.items(), 1):
+            lines.append(f"    {number:2d} {file} ({entered.total()})")
+            if functions:
+                lines.append("       " + ", ".join(f"{name} {n}" for name, n in entered.most_common()))
+        return "\n".join(lines)
 
     def chain_files(self) -> set[str]:
         """The files on the way down to the calls of the extension."""
         return {line.split()[0] for line in self.top.lines()[1:] if ".py  " in line}
 
     def tree(self) -> str:
+        """The calls that lead down to the extension."""
+        if not self.top.reaches_native:
+            return "no call of the extension"
         lines = self.top.lines()[1:]
-        deepest = max((len(line) - len(line.lstrip())) // 4 for line in lines) if lines else 0
-        title = f"down to the extension: {len(self.chain_files())} files, at most {deepest} calls deep"
-        return "\n".join([title, *lines])
+        deepest = max((len(line) - len(line.lstrip())) // 4 for line in lines)
+        return "\n".join([f"down to the extension: {len(self.chain_files())} files, {deepest} calls deep", *lines])
 
 
 def our_folders() -> dict[str, Path]:
@@ -195,11 +206,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backend", default="cpu")
     parser.add_argument("--loss", default="dapo")
+    parser.add_argument("--functions", action="store_true", help="name the functions, too")
     args = parser.parse_args()
     for dtype in ("bfloat16", "float32"):
         first, second = count(args.backend, args.loss, dtype)
         print(first.report(f"{args.loss} on {args.backend}, {dtype}, first call"))
-        print(second.report(f"{args.loss} on {args.backend}, {dtype}, caches filled"))
+        print(second.report(f"{args.loss} on {args.backend}, {dtype}, caches filled", functions=args.functions))
         print(f"\n{second.tree()}\n")
 
 

@@ -64,8 +64,9 @@ def test_what_is_counted(tmp_path, monkeypatch) -> None:
     with Crossings({"walked": package}, {"math"}) as crossings:
         entry(3)
     # entry, root and (in turn with it) sibling.root, twice and helper, the generator once and what it calls
-    assert crossings.files == {"walked/main.py": 1 + 3, "walked/sibling.py": 3 + 1 + 3, "walked/late.py": 2}
-    assert (len(crossings.functions), crossings.entries) == (6, 13)
+    entered = {file: functions.total() for file, functions in crossings.files.items()}
+    assert entered == {"walked/main.py": 1 + 3, "walked/sibling.py": 3 + 1 + 3, "walked/late.py": 2}
+    assert (crossings.num_functions, crossings.num_entries) == (6, 13)
     assert crossings.changes == 5 + 1 + 1
     assert crossings.tree().splitlines()[1:] == [
         "    walked/main.py  entry",
