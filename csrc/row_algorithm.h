@@ -46,8 +46,8 @@ struct RowTask {
   const float *given_lse, *given_entropy;   // [R] gradient pass
   const float *g, *e;                       // [R] gradient pass; e may be null
   int64_t vocab_start;                      // gradient pass: vocabulary index of column 0
-  ObjectiveConfig config;                   // objective pass, as are:
-  RowTokens tokens;
+  Objective objective;                      // objective pass, as are:
+  TokenArrays tokens;
   Scalar entropy_gradient, grad_scale;
   void* dx;           // [R, V]
   int64_t dx_stride;  // elements
@@ -111,13 +111,13 @@ inline RowTask gradient_task(const Rows& rows, const float* lse, const float* en
   return task;
 }
 
-inline RowTask objective_task(const Rows& rows, const ObjectiveConfig& config, const RowTokens& tokens,
+inline RowTask objective_task(const Rows& rows, const Objective& objective, const TokenArrays& tokens,
                               Scalar entropy_gradient, Scalar grad_scale, const DxOut& out, float* logprobs,
                               float* entropy, uint8_t* live) {
   RowTask task = row_task(rows);
   set_output(task, out);
   task.logprobs = logprobs, task.entropy = entropy, task.live = live;
-  task.config = config, task.tokens = tokens;
+  task.objective = objective, task.tokens = tokens;
   task.entropy_gradient = entropy_gradient, task.grad_scale = grad_scale;
   return task;
 }
@@ -135,7 +135,7 @@ struct RowFacts {
   RowMap map;
   int64_t target;  // column; outside [0, V): none here
   float target_u;
-  TokenInputs token;
+  Token<float> token;
   float weight;
 
   template <class Lane>
@@ -146,7 +146,7 @@ struct RowFacts {
     // In the gradient pass the target's owner reads it when it is due: others might find dx there.
     target_u = kPass == Pass::kGradient || !here ? NAN : at(lane, target);
     if (kPass == Pass::kObjective) {
-      token = token_inputs(task.tokens, row);
+      token = token_of(task.tokens, row);
       weight = task.tokens.weights[row];
     }
   }
@@ -240,7 +240,7 @@ template <Pass kPass, bool kBent>
 GRPO_FAST_INLINE Slopes objective_slopes(const RowTask& task, RowFacts<kPass, kBent>& facts, const RowStatistics& found,
                                          int64_t row, bool writes) {
   facts.token.logprob = found.logprob;
-  const float g = token_objective(task.config, facts.token).d_logprob * facts.weight;
+  const float g = token_term(task.objective, facts.token).slope * facts.weight;
   const float e = task.entropy_gradient.value(), scale = task.grad_scale.value();
   if (writes) task.live[row] = g != 0.0f || e != 0.0f;
   return slopes_of(found.lse2, found.entropy, g * scale, e * scale, facts.map.chain);

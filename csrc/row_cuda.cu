@@ -134,11 +134,11 @@ void row_gradient_cuda(const Rows& rows, const float* lse, const float* entropy,
   if (rows.num_rows > 0) launch_dtype<Pass::kGradient>(task, out.dtype, queue);
 }
 
-void row_objective_cuda(const Rows& rows, const ObjectiveConfig& config, const RowTokens& tokens,
+void row_objective_cuda(const Rows& rows, const Objective& objective, const TokenArrays& tokens,
                         Scalar entropy_gradient, Scalar grad_scale, const DxOut& out, float* logprobs, float* entropy,
                         uint8_t* live, CudaQueue queue) {
   const RowTask task =
-      objective_task(rows, config, tokens, entropy_gradient, grad_scale, out, logprobs, entropy, live);
+      objective_task(rows, objective, tokens, entropy_gradient, grad_scale, out, logprobs, entropy, live);
   if (rows.num_rows > 0) launch_dtype<Pass::kObjective>(task, out.dtype, queue);
 }
 

@@ -12,11 +12,12 @@
 
 #include "check.h"
 #include "narrow.h"
+#include "objectives.h"
 
 namespace testing {
 
 using grpo_fast::Rows;
-using grpo_fast::RowTokens;
+using grpo_fast::TokenArrays;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
@@ -99,7 +100,7 @@ struct Chunk {
             head.has_row_temperature ? temperature.data() : nullptr};
   }
 
-  RowTokens tokens() const {
+  TokenArrays tokens() const {
     return {advantages.data(),   weights.data(),           old_logprobs.data(),
             ref_logprobs.data(), sampling_logprobs.data(), nullptr};
   }
@@ -182,12 +183,11 @@ inline double gradient_bound(const Chunk& before, int64_t t, DType dtype) {
   return 5e-7 + 2 * expected_row(before, t).resolution + narrowing;
 }
 
-inline grpo_fast::ObjectiveConfig clipped_with_kl() {
-  grpo_fast::ObjectiveConfig config;
-  config.kl = grpo_fast::KlEstimator::kK3;
-  config.beta = 0.1;
-  config.delta = 2.0;
-  return config;
+inline grpo_fast::Objective clipped_with_kl() {
+  grpo_fast::Objective objective = make_objective(grpo_fast::PolicyTerm::clipped, grpo_fast::KlEstimator::k3);
+  objective.parameters.beta = 0.1;
+  objective.parameters.delta = 2.0;
+  return objective;
 }
 
 }  // namespace testing

@@ -6,6 +6,7 @@ use, has torch's row functions; an objective that couples tokens has statistics 
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from functools import lru_cache
 from typing import NamedTuple
@@ -43,7 +44,7 @@ POLICY_TERMS = {
 
 
 class ObjectiveNumbers(NamedTuple):
-    """A token-local objective as kernels take it: what is compiled, and numbers by name (None: no bound).
+    """A token-local objective as kernels take it: what is compiled, and numbers by name (no bound: infinite).
 
     What a trainer changes from call to call (the bonus's weight and count) is not among it, so that few of these live.
     """
@@ -51,21 +52,21 @@ class ObjectiveNumbers(NamedTuple):
     policy: str
     kl: str
     kl_times_ratio: bool
-    parameters: tuple[tuple[str, float | None], ...]
+    parameters: tuple[tuple[str, float], ...]
 
 
 @lru_cache(maxsize=64)
 def objective_numbers(config: LossConfig) -> ObjectiveNumbers:
     """The config in the kernels' terms."""
-    parameters: dict[str, float | None] = {
-        "epsilon_low": config.epsilon,
+    low, high = config.importance_sampling_clip_min, config.importance_sampling_clip_max
+    parameters: dict[str, float] = {
         "clip_low": 1.0 - config.epsilon,
         "clip_high": 1.0 + config.upper_epsilon,
         "clip_bound": config.upper_epsilon,
-        "delta": config.delta,
+        "delta": math.inf if config.delta is None else config.delta,
         "beta": config.beta,
-        "importance_min": config.importance_sampling_clip_min,
-        "importance_max": config.importance_sampling_clip_max,
+        "importance_min": -math.inf if low is None else low,
+        "importance_max": math.inf if high is None else high,
         "sapo_temperature_pos": config.sapo_temperature_pos,
         "sapo_temperature_neg": config.sapo_temperature_neg,
         "dppo_threshold": config.dppo_threshold,

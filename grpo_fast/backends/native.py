@@ -5,7 +5,6 @@ The modules do not link torch: tensors go over as addresses, with their sizes.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 from importlib import import_module
 from typing import Any
@@ -83,18 +82,10 @@ def objective_config(module: Any, config: LossConfig, correction: str) -> Any:
 @lru_cache(maxsize=64)
 def _objective_config(module: Any, numbers: ObjectiveNumbers, correction: str) -> Any:
     given = dict(numbers.parameters)
-    native = module.ObjectiveConfig()
-    native.policy = getattr(module.PolicyTerm, numbers.policy)
-    native.kl = getattr(module.KlEstimator, numbers.kl)
-    native.kl_times_ratio = numbers.kl_times_ratio
-    native.correction = getattr(module.Correction, correction)
-    low, high, delta = given["importance_min"], given["importance_max"], given["delta"]
-    native.importance_min = -math.inf if low is None else low
-    native.importance_max = math.inf if high is None else high
-    native.delta = math.inf if delta is None else delta
-    # The C++ side takes the distances from 1; 1 - (1 - epsilon) would not be epsilon.
-    native.epsilon_low, native.epsilon_high = given["epsilon_low"], given["clip_bound"]
-    names = "beta sapo_temperature_pos sapo_temperature_neg dppo_threshold dppo_log_ratio_coef dual_clip"
-    for name in names.split():
-        setattr(native, name, given[name])
-    return native
+    return module.Objective(
+        policy=numbers.policy,
+        kl=numbers.kl,
+        kl_times_ratio=numbers.kl_times_ratio,
+        correction=correction,
+        parameters=[given[name] for name in module.PARAMETERS],
+    )

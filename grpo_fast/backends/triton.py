@@ -138,14 +138,13 @@ def _rows(rows: RowChunk):  # type: ignore[no-untyped-def]
 @lru_cache(maxsize=64)
 def _objective(numbers: ObjectiveNumbers, correction: str, device: torch.device):  # type: ignore[no-untyped-def]
     """The objective in the kernel's terms; its numbers are copied to the device once."""
-    from grpo_fast.kernels.objective import PARAMETERS, objective_parameters
+    from grpo_fast.kernels.objective import objective_parameters
     from grpo_fast.kernels.row_objective import Objective
 
-    given = dict(numbers.parameters)
     return Objective(
         policy=numbers.policy,
         kl=numbers.kl,
         kl_times_ratio=numbers.kl_times_ratio,
         correction=correction,
-        parameters=objective_parameters({name: given[name] for name in PARAMETERS}, device),
+        parameters=objective_parameters(dict(numbers.parameters), device),
     )
