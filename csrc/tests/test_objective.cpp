@@ -1,4 +1,4 @@
-// objective.h: its slopes against central differences in double and the derivatives taken by hand, its corners.
+// objective.h: its slopes against central differences in double, its corners by hand.
 
 #include <algorithm>
 #include <limits>
@@ -7,7 +7,6 @@
 #include <vector>
 
 #include "check.h"
-#include "hand_derivatives.h"
 #include "objectives.h"
 
 namespace {
@@ -281,104 +280,6 @@ TEST(bad_numbers_show) {
           lost.slope);
     const Dual gone = token_term(objective, make_token(-kInfinity, -kInfinity, 1));
     CHECK(std::isnan(gone.slope), "policy %d hides inf - inf: %g", int(policy), gone.slope);
-  }
-}
-
-// -- the derivatives taken by hand ------------------------------------------------------------------------------------
-
-constexpr int kDraws = 1000000;
-
-// Ordinary numbers, exact bounds and ties, zeros, denormals, huge numbers, infinities, NaN.
-double drawn(std::mt19937_64& random, double scale, double tie) {
-  const double denormal = std::numeric_limits<double>::denorm_min();
-  std::normal_distribution<double> normal(0.0, scale);
-  switch (random() % 32) {
-    case 0: return kInfinity;
-    case 1: return -kInfinity;
-    case 2: return kNaN;
-    case 3: return 0.0;
-    case 4: return double(random() % 9) * denormal * (random() % 2 ? 1 : -1);
-    case 5: return -0.0;
-    case 6: return 1e200 * normal(random);
-    case 7: return -300 * normal(random);
-    case 8: case 9: case 10: case 11: return tie;
-    case 12: case 13: return tie - double(random() % 3);
-    default: return normal(random);
-  }
-}
-
-struct Tally {
-  double worst = 0;
-  int64_t numbers = 0, not_finite = 0, zero = 0, other_bits = 0, apart = 0;
-
-  template <typename Real>
-  void compare(Real got, Real expected, double bound) {
-    ++numbers, not_finite += !std::isfinite(expected), zero += expected == 0;
-    if (got == expected || (std::isnan(got) && std::isnan(expected))) return;
-    ++other_bits;
-    const double error = std::abs(double(got) - double(expected)) / std::abs(double(expected));
-    if (error <= bound) worst = std::max(worst, error);
-    else ++apart;
-  }
-};
-
-template <typename Real>
-void compare_draws(const char* name, PolicyTerm policy, KlEstimator kl, bool ratio, int seed, double bound) {
-  std::mt19937_64 random{uint64_t(seed)};
-  Tally tally;
-  for (int draw = 0; draw < kDraws; ++draw) {
-    grpo_fast::Token<Real> token;
-    token.logprob = Real(drawn(random, 2, -1));
-    token.old_logprob = Real(drawn(random, 1, double(token.logprob)));
-    token.ref_logprob = Real(drawn(random, 1, double(token.logprob)));
-    token.sampling_logprob = Real(drawn(random, 1, double(token.old_logprob)));
-    token.importance = Real(drawn(random, 1, 1));
-    token.advantage = Real(drawn(random, 1, 0));
-    token.has_old = random() % 4 != 0, token.has_sampling = random() % 2 != 0;
-    by_hand::ObjectiveConfig hand;
-    hand.policy = by_hand::PolicyTerm(policy), hand.kl = by_hand::KlEstimator(kl);
-    hand.correction = by_hand::Correction(random() % 4), hand.kl_times_ratio = ratio;
-    const double epsilons[] = {0, 0.2, 0.28, 0.5, 1 - std::exp(-1.0), std::exp(1.0) - 1};
-    hand.epsilon_low = epsilons[random() % 5], hand.epsilon_high = epsilons[random() % 6];
-    const double deltas[] = {kInfinity, 1, std::exp(1.0), 1 + hand.epsilon_high, 0.5};
-    hand.delta = deltas[random() % 5], hand.beta = kl == KlEstimator::none ? 0.0 : 0.04;
-    hand.importance_min = random() % 2 ? -kInfinity : 0.6, hand.importance_max = random() % 2 ? kInfinity : 1.0;
-    hand.sapo_temperature_pos = 1.3, hand.sapo_temperature_neg = 1.05;
-    hand.dual_clip = random() % 2 ? 1.0 : 3.0, hand.dppo_threshold = random() % 4 ? 0.2 : 0.0;
-    Objective objective{policy, kl, Correction(hand.correction), ratio, {}};
-    grpo_fast::Parameters& with = objective.parameters;
-    with.clip_low = 1 - hand.epsilon_low, with.clip_high = 1 + hand.epsilon_high, with.clip_bound = hand.epsilon_high;
-    with.delta = hand.delta, with.beta = hand.beta;
-    with.importance_min = hand.importance_min, with.importance_max = hand.importance_max;
-    with.sapo_temperature_pos = hand.sapo_temperature_pos, with.sapo_temperature_neg = hand.sapo_temperature_neg;
-    with.dppo_threshold = hand.dppo_threshold, with.dppo_log_ratio_coef = hand.dppo_log_ratio_coef;
-    with.dual_clip = hand.dual_clip;
-    const by_hand::BasicTokenInputs<Real> inputs{token.logprob,    token.old_logprob, token.ref_logprob,
-                                                 token.sampling_logprob, token.importance,  token.advantage,
-                                                 token.has_old,    token.has_sampling};
-    const auto got = token_term(objective, token);
-    const auto expected = by_hand::token_objective(hand, inputs);
-    tally.compare(got.value, expected.term, bound);
-    tally.compare(got.slope, expected.d_logprob, bound);
-  }
-  std::printf("%-9s kl %d%s %s: %lld numbers (%lld not finite, %lld zero), %lld with other bits, worst %.1e, %lld apart\n",
-              name, int(kl), kl == KlEstimator::none ? "    " : ratio ? " * w" : "    ", sizeof(Real) == 8 ? "double" : "float ",
-              (long long)tally.numbers, (long long)tally.not_finite, (long long)tally.zero,
-              (long long)tally.other_bits, tally.worst, (long long)tally.apart);
-  CHECK(tally.apart == 0, "%s: %lld of %lld numbers are apart", name, (long long)tally.apart, (long long)tally.numbers);
-}
-
-TEST(slopes_are_those_taken_by_hand) {
-  const char* const names[] = {"clipped", "cispo", "sapo", "dppo", "ppo_dual", "reinforce"};
-  for (int i = 0; i < 6; ++i) {
-    compare_draws<double>(names[i], kPolicies[i], KlEstimator::none, true, i, 1e-15);
-    compare_draws<float>(names[i], kPolicies[i], KlEstimator::none, true, i, 0);
-  }
-  for (int i = 1; i < 4; ++i) {
-    for (const bool ratio : {true, false}) {
-      compare_draws<double>("reinforce", PolicyTerm::reinforce, kEstimators[i], ratio, 10 + i, 1e-15);
-      compare_draws<float>("reinforce", PolicyTerm::reinforce, kEstimators[i], ratio, 10 + i, 0);
-    }
   }
 }
 
