@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo_fast.kernels.configuration import Configuration
-from grpo_fast.kernels.objective import CORRECTIONS, KL_ESTIMATORS, POLICIES, objective_slope
+from grpo_fast.kernels.objective import CORRECTIONS, KL_ESTIMATORS, POLICIES, token_term
 from grpo_fast.kernels.row_sweeps import LN_2, row_gradient, row_statistics, target_y
 from grpo_fast.kernels.rows import UNALIGNED, Example, Rows, examples
 
@@ -103,7 +103,7 @@ def _row_objective_kernel(
         own = target_y(x, bias, target, num_columns, cap_scale, TRANSFORM)
         logprob = ((own - highest) * row_scale - log_total) * LN_2
         row_entropy = entropy2 * LN_2
-        g = tl.load(weights + row) * objective_slope(
+        _, term_slope = token_term(
             row,
             logprob,
             advantages,
@@ -117,6 +117,7 @@ def _row_objective_kernel(
             KL_TIMES_RATIO,
             CORRECTION,
         )
+        g = tl.load(weights + row) * term_slope
         e = 0.0
         if entropy_gradient is not None:
             e = tl.load(entropy_gradient)
@@ -174,7 +175,7 @@ def row_objective_of(
         "parameters": objective.parameters,
         "entropy_gradient": entropy_gradient,
         "grad_scale": grad_scale,
-        "POLICY": objective.policy,
+        "POLICY": POLICIES[objective.policy],
         "KL": objective.kl,
         "KL_TIMES_RATIO": objective.kl_times_ratio,
         "CORRECTION": objective.correction,
@@ -206,7 +207,7 @@ def _example_launch(example: Example, variant: int, *, in_place: bool) -> Config
         "weights": example.per_row(),
         "advantages": example.per_row(),
         "parameters": example.per_row(),
-        "POLICY": policy,
+        "POLICY": POLICIES[policy],
         "KL": kl,
         "KL_TIMES_RATIO": kl_times_ratio,
         "CORRECTION": correction,

@@ -38,7 +38,7 @@ from grpo_fast.kernels import (  # noqa: E402
     row_statistics,
 )
 from grpo_fast.kernels.configuration import Configuration  # noqa: E402
-from grpo_fast.kernels.objective import PARAMETERS  # noqa: E402
+from grpo_fast.kernels.objective import PARAMETERS, POLICIES  # noqa: E402
 from grpo_fast.kernels.rows import Rows  # noqa: E402
 from grpo_fast.kernels.scale import scale_unless_one  # noqa: E402
 from tests.cards import CARD, card  # noqa: E402
@@ -339,7 +339,7 @@ SITES: dict[str, tuple[Callable[[], None], list[Expected]]] = {
                 | {name: FLOATS if name in TOKENS[:2] else None for name in TOKENS}
                 | {"live": f"bool[{R}]", "parameters": "float32[12]", "entropy_gradient": None, "grad_scale": None}
                 | {"dx": f"bfloat16[{R}, {V}]", "dx_stride": 2 * PITCH, "IN_PLACE": True}
-                | {"POLICY": "clipped", "KL": "none", "KL_TIMES_RATIO": True, "CORRECTION": "none"},
+                | {"POLICY": POLICIES["clipped"], "KL": "none", "KL_TIMES_RATIO": True, "CORRECTION": "none"},
                 WALKED | {"dx", "dx_stride"},
             )
         ],
@@ -358,7 +358,7 @@ SITES: dict[str, tuple[Callable[[], None], list[Expected]]] = {
                 | {"live": f"bool[{R}]", "parameters": "float32[12]"}
                 | dict.fromkeys(("entropy_gradient", "grad_scale"), "float32[1]")
                 | {"dx": f"bfloat16[{R}, {V}]", "dx_stride": PITCH, "IN_PLACE": False}
-                | {"POLICY": "ppo_dual", "KL": "k3", "KL_TIMES_RATIO": True, "CORRECTION": "token_mask"},
+                | {"POLICY": POLICIES["ppo_dual"], "KL": "k3", "KL_TIMES_RATIO": True, "CORRECTION": "token_mask"},
                 WALKED | {"bias", "dx", "dx_stride"},
             )
         ],
