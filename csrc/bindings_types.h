@@ -94,7 +94,7 @@ inline void bind_types(py::module_& m) {
       .value("float64", DType::kFloat64);
   py::class_<Objective>(m, "Objective", py::module_local())
       .def(py::init(&objective_of), py::kw_only(), "policy"_a, "kl"_a, "kl_times_ratio"_a, "correction"_a,
-           "parameters"_a, "Raises ValueError for names that are not known; parameters are in the order of PARAMETERS.");
+           "parameters"_a, "parameters: numbers in the order of PARAMETERS. Raises ValueError for unknown names.");
   py::list parameters;
   for (const char* name : kParameters) parameters.append(name);
   m.attr("PARAMETERS") = py::tuple(parameters);

@@ -111,8 +111,8 @@ struct Chunk {
 struct Expected {
   double logprob, entropy, lse;
   double resolution;             // what the float32 roundings of a logit and of lse may add up to, nats
-  std::vector<double> z, slope;  // logits, and d logit / d raw
-  double full_slope;             // without the soft cap's share
+  std::vector<double> z, dz_dx;  // logits, and their derivatives in the products
+  double chain;                  // dz / dx without the soft cap's share
 };
 
 inline Expected expected_row(const Chunk& chunk, int64_t t) {
@@ -121,11 +121,10 @@ inline Expected expected_row(const Chunk& chunk, int64_t t) {
   const double scale = chunk.head.logit_scale, cap = chunk.head.softcap;
   for (int64_t v = 0; v < chunk.width; ++v) {
     const double x = scale * (double(chunk.at(t, v)) + (chunk.head.has_bias ? double(chunk.bias[size_t(v)]) : 0.0));
-    const double bent = cap == 0 ? x : cap * std::tanh(x / cap);
-    out.z.push_back(bent / temperature);
-    out.slope.push_back(scale / temperature * (cap == 0 ? 1.0 : 1 / std::pow(std::cosh(x / cap), 2)));
+    out.z.push_back((cap == 0 ? x : cap * std::tanh(x / cap)) / temperature);
+    out.dz_dx.push_back(scale / temperature * (cap == 0 ? 1.0 : 1 / std::pow(std::cosh(x / cap), 2)));
   }
-  out.full_slope = scale / temperature;
+  out.chain = scale / temperature;
   const double top = *std::max_element(out.z.begin(), out.z.end());
   double sum = 0, moment = 0;
   for (const double z : out.z) sum += std::exp(z - top);
@@ -151,9 +150,9 @@ inline std::vector<double> expected_gradient(const Chunk& chunk, int64_t t, doub
     const double log_p = row.z[v] - row.lse, p = std::exp(log_p);
     const double surprise = p == 0 ? 0.0 : p * (log_p + row.entropy);
     const bool hit = int64_t(v) == chunk.targets[size_t(t)];
-    out.push_back((g * (hit - p) - e * surprise) * row.slope[v]);
+    out.push_back((g * (hit - p) - e * surprise) * row.dz_dx[v]);
     squares += std::pow(
-        (std::abs(g) * (hit + p) + std::abs(e) * p * (std::abs(p == 0 ? 0 : log_p) + row.entropy)) * row.full_slope, 2);
+        (std::abs(g) * (hit + p) + std::abs(e) * p * (std::abs(p == 0 ? 0 : log_p) + row.entropy)) * row.chain, 2);
   }
   if (size != nullptr) *size = std::sqrt(squares);
   return out;

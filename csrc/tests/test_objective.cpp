@@ -221,7 +221,8 @@ TEST(trust_region_follows_the_sampler) {
   }
   Token token = make_token(p, mu, 1);
   const double dropped = token_term(objective, token).slope, regulariser = 1e-3 * 2 * (p - mu);
-  CHECK(std::abs(dropped - regulariser) < 1e-12, "the old policy stands in: slope %g, expected %g", dropped, regulariser);
+  CHECK(std::abs(dropped - regulariser) < 1e-12, "the old policy stands in: slope %g, expected %g", dropped,
+        regulariser);
   token.has_old = false;
   const double kept = token_term(objective, token).slope;
   CHECK(kept == -1, "nobody to compare with: slope %g, expected -1", kept);
