@@ -19,7 +19,7 @@ from torch import Tensor
 
 from grpo_fast.kernels.configuration import Configuration
 from grpo_fast.kernels.objective import CORRECTIONS, KL_ESTIMATORS, POLICIES, token_term
-from grpo_fast.kernels.row_sweeps import LN_2, row_gradient, row_statistics, target_y
+from grpo_fast.kernels.row_sweeps import LN_2, row_gradient, row_statistics, target_u
 from grpo_fast.kernels.rows import UNALIGNED, Example, Rows, examples
 
 BYTES_PER_LOGIT = {"loads": 8, "stores": 2}
@@ -78,9 +78,9 @@ def _row_objective_kernel(
     live,  # [R] bool, out: whether dx is not zero
     num_rows,
     num_columns,
-    scale,
+    factor,
     cap_scale,
-    slope,
+    chain,
     POLICY: tl.constexpr,
     KL: tl.constexpr,
     KL_TIMES_RATIO: tl.constexpr,
@@ -92,16 +92,16 @@ def _row_objective_kernel(
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         wide_row = tl.cast(row, tl.int64)
         x = logits + wide_row * row_stride
-        row_scale = scale
-        row_slope = slope
+        row_factor = factor
+        row_chain = chain
         if row_temperature is not None:
             temperature = tl.load(row_temperature + row)
-            row_scale = scale / temperature
-            row_slope = slope / temperature
-        highest, log_total, entropy2 = row_statistics(x, bias, num_columns, row_scale, cap_scale, TRANSFORM, LANES)
+            row_factor = factor / temperature
+            row_chain = chain / temperature
+        highest, log_total, entropy2 = row_statistics(x, bias, num_columns, row_factor, cap_scale, TRANSFORM, LANES)
         target = tl.load(targets + row)
-        own = target_y(x, bias, target, num_columns, cap_scale, TRANSFORM)
-        logprob = ((own - highest) * row_scale - log_total) * LN_2
+        own = target_u(x, bias, target, num_columns, cap_scale, TRANSFORM)
+        logprob = ((own - highest) * row_factor - log_total) * LN_2
         row_entropy = entropy2 * LN_2
         _, term_slope = token_term(
             row,
@@ -133,10 +133,10 @@ def _row_objective_kernel(
             bias,
             target,
             num_columns,
-            row_scale,
+            row_factor,
             cap_scale,
-            row_slope,
-            highest * row_scale + log_total,
+            row_chain,
+            highest * row_factor + log_total,
             row_entropy,
             g,
             e,

@@ -113,9 +113,9 @@ ROWS = {
     "targets": f"int64[{R}]",
     "num_rows": R,
     "num_columns": V,
-    "scale": 1 / 0.7 / 0.6931471805599453,
+    "factor": 1 / 0.7 / 0.6931471805599453,
     "cap_scale": 0.0,
-    "slope": 1 / 0.7,
+    "chain": 1 / 0.7,
     "TRANSFORM": "none",
     "LANES": 512,
 }
@@ -319,8 +319,8 @@ SITES: dict[str, tuple[Callable[[], None], list[Expected]]] = {
                 "_row_gradient_kernel",
                 ROW_GRID,
                 ROWS
-                | {"bias": f"bfloat16[{V}]", "row_temperature": FLOATS, "TRANSFORM": "softcap", "slope": 1.0}
-                | {"scale": 30 / 0.6931471805599453, "cap_scale": 2 / 30 / 0.6931471805599453}
+                | {"bias": f"bfloat16[{V}]", "row_temperature": FLOATS, "TRANSFORM": "softcap", "chain": 1.0}
+                | {"factor": 30 / 0.6931471805599453, "cap_scale": 2 / 30 / 0.6931471805599453}
                 | dict.fromkeys(("lse", "entropy", "g", "e"), FLOATS)
                 | {"dx": f"float16[{R}, {V}]", "dx_stride": V, "vocab_start": 0, "IN_PLACE": False},
                 WALKED | {"bias", "dx"},
@@ -352,7 +352,7 @@ SITES: dict[str, tuple[Callable[[], None], list[Expected]]] = {
                 ROW_GRID,
                 ROWS
                 | {"bias": f"float32[{V}]", "row_temperature": FLOATS, "TRANSFORM": "negate"}
-                | {"scale": 1 / 0.6931471805599453, "slope": -1.0}
+                | {"factor": 1 / 0.6931471805599453, "chain": -1.0}
                 | RESULTS
                 | dict.fromkeys(TOKENS, FLOATS)
                 | {"live": f"bool[{R}]", "parameters": "float32[12]"}
@@ -432,7 +432,7 @@ SITES: dict[str, tuple[Callable[[], None], list[Expected]]] = {
             Expected("_write_kernel", (4,), COUNT | WRITE, POINTERS_OF_COUNT | set(TOKEN_RESULTS)),
         ],
     ),
-    "scale": (
+    "factor": (
         launch_scale,
         [
             Expected(
