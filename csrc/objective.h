@@ -1,30 +1,22 @@
-// The token objective, once for host and device: a token's loss term and its derivative in the current log-probability.
+// The token objective, once for host and device: a token's loss term and its slope in the current log-probability.
 //
 // Legend: p `logprob` of the current policy, o `old_logprob` (p held fixed where absent), r = p - o, w = e^r the ratio,
-// A `advantage`, mu `sampling_logprob` of the rollout engine, sg stop-gradient. Logs are natural (nats).
+// A `advantage`, mu `sampling_logprob` of the rollout engine. Logs are natural (nats).
 //
-//     term = importance * policy(p) + beta * kl(p)                  d_logprob = d term / d p
-//
-//     kClipped    -min(min(w, delta) A, clip(w, 1 - epsilon_low, 1 + epsilon_high) A)   grpo bnpo dr_grpo dapo luspo
-//     kCispo      -sg(min(w, epsilon_high)) A p
-//     kSapo       -A sigmoid(tau (w - 1)) 4 / tau,  tau by the sign of A
-//     kDppo       -A w, 0 where e^p - e^mu has left +-threshold on A's side;  + coef r^2
-//     kPpoDual    the clipped term, for A < 0 at most -dual_clip A
-//     kReinforce  -A p                                                                  reinforce rloo
-//
-//     kK1  p - ref        kK2  (p - ref)^2 / 2        kK3  e^(ref - p) - (ref - p) - 1        each times w if asked
-//
-//     importance: 1; a given weight; or e^(o - mu) held fixed, truncated to [min, max] or zeroed outside.
+//     term = importance * policy(p) + beta * kl(p)
 //
 // The twin of grpo_fast/objectives.py for objectives whose tokens do not see each other: weights, masks and sums over
-// tokens are the caller's. The conventions are that file's, not some version of torch's (2.14 changed clamp's): a clamp
-// has slope 1 inside and on its bounds, 0 outside; at a tie min gives half to each side; every path to p ends in a product
-// with w, so that 0 * inf is NaN here as it is there.
+// tokens are the caller's. A term is its formula over dual numbers, whose operations hold autograd's conventions.
+//
+// To add a token-local policy term: a function `name_term` below, and its name in GRPO_FAST_POLICIES; on the other
+// device likewise in kernels/objective.py; numbers that it needs go to kernels/parameters.py.
 
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+
+#include "parameters.h"
 
 #if defined(__CUDACC__)
 #define GRPO_FAST_INLINE __host__ __device__ __forceinline__
@@ -34,235 +26,239 @@
 
 namespace grpo_fast {
 
-enum class PolicyTerm : int32_t { kClipped, kCispo, kSapo, kDppo, kPpoDual, kReinforce };
-enum class KlEstimator : int32_t { kNone, kK1, kK2, kK3 };
-enum class Correction : int32_t {
-  kNone,
-  kWeight,         // TokenInputs::importance is the weight
-  kTokenTruncate,  // from o and mu, clamped to [importance_min, importance_max]
-  kTokenMask,      // from o and mu, 0 outside [importance_min, importance_max]
+#define GRPO_FAST_POLICIES(X) X(clipped) X(cispo) X(sapo) X(dppo) X(ppo_dual) X(reinforce)
+#define GRPO_FAST_KL_ESTIMATORS(X) X(none) X(k1) X(k2) X(k3)
+// weight: Token::importance; token_*: from o and mu, clamped to [importance_min, importance_max] or 0 outside.
+#define GRPO_FAST_CORRECTIONS(X) X(none) X(weight) X(token_truncate) X(token_mask)
+
+#define GRPO_FAST_ENUMERATOR(name) name,
+enum class PolicyTerm : int32_t { GRPO_FAST_POLICIES(GRPO_FAST_ENUMERATOR) };
+enum class KlEstimator : int32_t { GRPO_FAST_KL_ESTIMATORS(GRPO_FAST_ENUMERATOR) };
+enum class Correction : int32_t { GRPO_FAST_CORRECTIONS(GRPO_FAST_ENUMERATOR) };
+
+// Double like the Python floats they come from.
+#define GRPO_FAST_FIELD(name) double name;
+struct Parameters {
+  GRPO_FAST_PARAMETERS(GRPO_FAST_FIELD)
 };
 
-// What was clipped, as metrics count it. Clipping follows the ratio after `delta` and the sign of A.
-enum TokenFlag : uint32_t {
-  kClippedLow = 1u << 0,    // w < 1 - epsilon_low,  A < 0
-  kClippedHigh = 1u << 1,   // w > 1 + epsilon_high, A > 0
-  kCispoClipped = 1u << 2,  // w > epsilon_high,     A > 0; kCispo only
-  kDropped = 1u << 3,       // outside the trust region; kDppo only
-};
-
-// Plain numbers, double like the Python floats they come from: 1 - epsilon is taken before it is rounded to float.
-struct ObjectiveConfig {
-  PolicyTerm policy = PolicyTerm::kClipped;
-  KlEstimator kl = KlEstimator::kNone;  // kNone iff beta is 0
-  Correction correction = Correction::kNone;
-  bool kl_times_ratio = true;
-  double epsilon_low = 0.2;
-  double epsilon_high = 0.2;
-  double delta = HUGE_VAL;  // infinite: no bound
-  double beta = 0.0;
-  double importance_min = -HUGE_VAL;
-  double importance_max = HUGE_VAL;
-  double sapo_temperature_pos = 1.0;
-  double sapo_temperature_neg = 1.05;
-  double dppo_threshold = 0.2;
-  double dppo_log_ratio_coef = 1e-3;
-  double dual_clip = 3.0;
+struct Objective {
+  PolicyTerm policy;
+  KlEstimator kl;  // none iff beta is 0
+  Correction correction;
+  bool kl_times_ratio;
+  Parameters parameters;
 };
 
 template <typename Real>
-struct BasicTokenInputs {
+struct Token {
   Real logprob = 0;
   Real old_logprob = 0;       // read if has_old
-  Real ref_logprob = 0;       // read unless kl is kNone
+  Real ref_logprob = 0;       // read unless the KL estimator is none
   Real sampling_logprob = 0;  // read if has_sampling; NaN: the engine does not know
-  Real importance = 1;        // read if correction is kWeight
+  Real importance = 1;        // read if the correction is weight
   Real advantage = 0;
   bool has_old = false;
   bool has_sampling = false;
 };
 
+// A number and its slope in a variable. A plain Real is held fixed: what autograd detaches.
 template <typename Real>
-struct BasicTokenObjective {
-  Real term;
-  Real d_logprob;
-  Real ratio;       // w, before delta
-  Real clip_ratio;  // min(w, delta)
-  Real kl;          // times w if asked; before beta; 0 if kNone
-  Real importance;  // 1 if not corrected
-  uint32_t flags;   // TokenFlag, or-ed
+struct Dual {
+  Real value, slope;
 };
-
-using TokenInputs = BasicTokenInputs<float>;
-using TokenObjective = BasicTokenObjective<float>;
 
 namespace detail {
 
-// A function of p at one point.
+// -- operations on dual numbers ---------------------------------------------------------------------------------------
+
 template <typename Real>
-struct Term {
-  Real value;
-  Real slope;
-};
+GRPO_FAST_INLINE Dual<Real> variable(Real x) {
+  return {x, 1};
+}
+
+template <typename Real>
+GRPO_FAST_INLINE Dual<Real> held(Real x) {
+  return {x, 0};
+}
+
+template <typename Real>
+GRPO_FAST_INLINE Dual<Real> operator-(Dual<Real> x) {
+  return {-x.value, -x.slope};
+}
+
+template <typename Real>
+GRPO_FAST_INLINE Dual<Real> operator+(Dual<Real> a, Dual<Real> b) {
+  return {a.value + b.value, a.slope + b.slope};
+}
+
+template <typename Real>
+GRPO_FAST_INLINE Dual<Real> operator*(Real factor, Dual<Real> x) {
+  return {factor * x.value, factor * x.slope};
+}
+
+template <typename Real>
+GRPO_FAST_INLINE Dual<Real> square(Dual<Real> x) {
+  return {x.value * x.value, 2 * x.value * x.slope};
+}
+
+template <typename Real>
+GRPO_FAST_INLINE Dual<Real> sigmoid(Dual<Real> x) {
+  const Real gate = 1 / (1 + std::exp(-x.value));
+  return {gate, (1 - gate) * gate * x.slope};
+}
+
+// e^x - 1 - x: by expm1, as near 0 it is a small difference of numbers near 1, and so is its slope.
+template <typename Real>
+GRPO_FAST_INLINE Dual<Real> exp_less_tangent(Dual<Real> x) {
+  const Real rise = std::expm1(x.value);
+  return {rise - x.value, rise * x.slope};
+}
+
+template <typename Real>
+GRPO_FAST_INLINE Dual<Real> where(bool condition, Dual<Real> yes, Dual<Real> no) {
+  return condition ? yes : no;
+}
 
 // NaN stays NaN.
 template <typename Real>
-GRPO_FAST_INLINE Real clamp(Real x, Real low, Real high) {
-  return x < low ? low : (x > high ? high : x);
+GRPO_FAST_INLINE Real clamp(Real x, double low, double high) {
+  const Real least = static_cast<Real>(low), most = static_cast<Real>(high);
+  return x < least ? least : (x > most ? most : x);
 }
 
-// NaN if either is.
+// factor clamp(x). Inside and on the bounds the slope passes whole (torch 2.14 changed its clamp's: this is our own);
+// outside it is 0 even if the factor is infinite.
 template <typename Real>
-GRPO_FAST_INLINE Real minimum(Real a, Real b) {
-  return std::isnan(a) || a < b ? a : b;
+GRPO_FAST_INLINE Dual<Real> scaled_clamp(Real factor, Dual<Real> x, double low, double high) {
+  const bool outside = x.value < static_cast<Real>(low) || x.value > static_cast<Real>(high);
+  return {factor * clamp(x.value, low, high), outside ? Real(0) : factor * x.slope};
 }
 
-// d min(a, b) / da.
+// d min(a, b) / da: at a tie each side gets half.
 template <typename Real>
 GRPO_FAST_INLINE Real minimum_share(Real a, Real b) {
   return a == b ? Real(0.5) : (a > b ? Real(0) : Real(1));
 }
 
+// NaN if either is.
 template <typename Real>
-GRPO_FAST_INLINE Term<Real> clipped_term(const ObjectiveConfig& config, Real ratio, Real capped, Real advantage) {
-  const Real low = static_cast<Real>(1.0 - config.epsilon_low);
-  const Real high = static_cast<Real>(1.0 + config.epsilon_high);
-  const Real free_side = capped * advantage;
-  const Real clip_side = clamp(ratio, low, high) * advantage;
-  Real d_ratio = 0;
-  if (ratio <= static_cast<Real>(config.delta)) d_ratio += minimum_share(free_side, clip_side) * advantage;
-  if (ratio >= low && ratio <= high) d_ratio += minimum_share(clip_side, free_side) * advantage;
-  return {-minimum(free_side, clip_side), -d_ratio * ratio};
+GRPO_FAST_INLINE Dual<Real> minimum(Dual<Real> a, Dual<Real> b) {
+  return {std::isnan(a.value) || a.value < b.value ? a.value : b.value,
+          minimum_share(a.value, b.value) * a.slope + minimum_share(b.value, a.value) * b.slope};
+}
+
+// f, whose slope is in x, as a function of what x has the slope `inner` in. The innermost factor comes last, as in
+// autograd: a slope of 0 times an infinite ratio is NaN here as it is there.
+template <typename Real>
+GRPO_FAST_INLINE Dual<Real> chain(Dual<Real> f, Real inner) {
+  return {f.value, f.slope * inner};
+}
+
+// -- policy terms -----------------------------------------------------------------------------------------------------
+
+// What a policy term may use.
+template <typename Real>
+struct Context {
+  const Parameters& with;
+  Real logprob, log_ratio, ratio, advantage;
+  Real behaviour;  // logprob of the policy that sampled
+};
+
+// -min(min(w, delta) A, clip(w, 1 - epsilon, 1 + epsilon_high) A)
+template <typename Real>
+GRPO_FAST_INLINE Dual<Real> clipped_term(const Context<Real>& c) {
+  const Dual<Real> w = variable(c.ratio);
+  return chain(-minimum(scaled_clamp(c.advantage, w, -HUGE_VAL, c.with.delta),
+                        scaled_clamp(c.advantage, w, c.with.clip_low, c.with.clip_high)),
+               c.ratio);
+}
+
+// -min(w, epsilon_high) A p, but for p held fixed
+template <typename Real>
+GRPO_FAST_INLINE Dual<Real> cispo_term(const Context<Real>& c) {
+  return -clamp(c.ratio, -HUGE_VAL, c.with.clip_bound) * c.advantage * variable(c.logprob);
+}
+
+// -4 / tau A sigmoid(tau (w - 1)), tau by the sign of A
+template <typename Real>
+GRPO_FAST_INLINE Dual<Real> sapo_term(const Context<Real>& c) {
+  const Real tau = static_cast<Real>(c.advantage > 0 ? c.with.sapo_temperature_pos : c.with.sapo_temperature_neg);
+  return chain(chain(-4 / tau * c.advantage * sigmoid(variable(tau * (c.ratio - 1))), tau), c.ratio);
+}
+
+// -A w, 0 where e^p - e^mu has left +-threshold on A's side (NaN has not);  + coef r^2
+template <typename Real>
+GRPO_FAST_INLINE Dual<Real> dppo_term(const Context<Real>& c) {
+  const Real gap = std::exp(c.logprob) - std::exp(c.behaviour), limit = static_cast<Real>(c.with.dppo_threshold);
+  const bool drop = c.advantage > 0 ? gap > limit : (c.advantage <= 0 && gap < -limit);
+  return chain(where(drop, held(Real(0)), -c.advantage * variable(c.ratio)), c.ratio) +
+         static_cast<Real>(c.with.dppo_log_ratio_coef) * square(variable(c.log_ratio));
+}
+
+// the clipped term, for A < 0 at most -dual_clip A
+template <typename Real>
+GRPO_FAST_INLINE Dual<Real> ppo_dual_term(const Context<Real>& c) {
+  const Dual<Real> clipped = clipped_term(c), bound = held(-static_cast<Real>(c.with.dual_clip) * c.advantage);
+  return where(c.advantage < 0, minimum(clipped, bound), clipped);
+}
+
+// -A p
+template <typename Real>
+GRPO_FAST_INLINE Dual<Real> reinforce_term(const Context<Real>& c) {
+  return -c.advantage * variable(c.logprob);
 }
 
 template <typename Real>
-GRPO_FAST_INLINE Term<Real> ppo_dual_term(const ObjectiveConfig& config, Real ratio, Real capped, Real advantage) {
-  const Term<Real> clipped = clipped_term(config, ratio, capped, advantage);
-  if (!(advantage < 0)) return clipped;
-  const Real bound = -static_cast<Real>(config.dual_clip) * advantage;
-  return {minimum(clipped.value, bound), minimum_share(clipped.value, bound) * clipped.slope};
+GRPO_FAST_INLINE Dual<Real> policy_term(PolicyTerm policy, const Context<Real>& c) {
+#define GRPO_FAST_CASE(name) \
+  case PolicyTerm::name:     \
+    return name##_term(c);
+  switch (policy) { GRPO_FAST_POLICIES(GRPO_FAST_CASE) }
+  return {0, 0};
+}
+
+// -- the rest of the term ---------------------------------------------------------------------------------------------
+
+// k1  p - ref     k2  (p - ref)^2 / 2     k3  e^(ref - p) - (ref - p) - 1     times w if asked
+template <typename Real>
+GRPO_FAST_INLINE Dual<Real> kl_term(const Objective& objective, const Context<Real>& c, Real ref_logprob) {
+  const Dual<Real> difference{ref_logprob - c.logprob, -1};
+  const Dual<Real> kl = objective.kl == KlEstimator::k1   ? -difference
+                        : objective.kl == KlEstimator::k2 ? Real(0.5) * square(difference)
+                                                          : exp_less_tangent(difference);
+  if (!objective.kl_times_ratio) return kl;
+  // d (kl w) / dp = (kl + dkl / dp) w; k3's two are free of their common part.
+  const Real sum = objective.kl == KlEstimator::k3 ? -difference.value : kl.value + kl.slope;
+  return {kl.value * c.ratio, sum * c.ratio};
 }
 
 template <typename Real>
-GRPO_FAST_INLINE Term<Real> cispo_term(const ObjectiveConfig& config, Real ratio, Real advantage, Real logprob) {
-  const Real bound = static_cast<Real>(config.epsilon_high);
-  const Real slope = -(ratio > bound ? bound : ratio) * advantage;
-  return {slope * logprob, slope};
-}
-
-template <typename Real>
-GRPO_FAST_INLINE Term<Real> sapo_term(const ObjectiveConfig& config, Real ratio, Real advantage) {
-  const Real tau = static_cast<Real>(advantage > 0 ? config.sapo_temperature_pos : config.sapo_temperature_neg);
-  const Real gate = 1 / (1 + std::exp(-tau * (ratio - 1)));
-  const Real scale = -4 / tau * advantage;
-  return {scale * gate, scale * ((1 - gate) * gate) * tau * ratio};
-}
-
-template <typename Real>
-GRPO_FAST_INLINE Term<Real> dppo_term(const ObjectiveConfig& config, const BasicTokenInputs<Real>& token, Real ratio,
-                                      Real log_ratio, uint32_t& flags) {
-  Real behaviour = token.logprob;  // nobody knows: no evidence of a difference
-  if (token.has_sampling) {
-    behaviour = token.sampling_logprob;
-  } else if (token.has_old) {
-    behaviour = token.old_logprob;
-  }
-  const Real gap = std::exp(token.logprob) - std::exp(behaviour);  // NaN passes no limit
-  const Real limit = static_cast<Real>(config.dppo_threshold);
-  const bool drop = token.advantage > 0 ? gap > limit : (token.advantage <= 0 && gap < -limit);
-  if (drop) flags |= kDropped;
-  const Real gain = drop ? Real(0) : -token.advantage;
-  const Real coef = static_cast<Real>(config.dppo_log_ratio_coef);
-  return {(drop ? Real(0) : gain * ratio) + coef * (log_ratio * log_ratio), gain * ratio + coef * (2 * log_ratio)};
-}
-
-template <typename Real>
-GRPO_FAST_INLINE Term<Real> kl_term(const ObjectiveConfig& config, Real logprob, Real ref_logprob, Real ratio) {
-  const Real difference = ref_logprob - logprob;
-  Real value = 0, slope = 0;
-  Real weighted_slope = 0;  // of kl * w, over w: slope + value, free of their common part
-  switch (config.kl) {
-    case KlEstimator::kNone:
-      return {0, 0};
-    case KlEstimator::kK1:
-      value = -difference;
-      slope = 1;
-      weighted_slope = 1 - difference;
-      break;
-    case KlEstimator::kK2:
-      value = difference * difference / 2;
-      slope = -difference;
-      weighted_slope = value - difference;
-      break;
-    case KlEstimator::kK3:
-      // expm1, not exp - 1: near the reference k3 is a small difference of numbers near 1.
-      slope = -std::expm1(difference);
-      value = -slope - difference;
-      weighted_slope = -difference;
-      break;
-  }
-  if (config.kl_times_ratio) return {value * ratio, weighted_slope * ratio};
-  return {value, slope};
-}
-
-template <typename Real>
-GRPO_FAST_INLINE Real importance_weight(const ObjectiveConfig& config, const BasicTokenInputs<Real>& token, Real old) {
-  if (config.correction == Correction::kWeight) return token.importance;
-  if (config.correction == Correction::kNone || !token.has_sampling) return 1;
+GRPO_FAST_INLINE Real importance_weight(const Objective& objective, const Token<Real>& token, Real old) {
+  const Parameters& with = objective.parameters;
+  if (objective.correction == Correction::weight) return token.importance;
+  if (objective.correction == Correction::none || !token.has_sampling) return 1;
   const Real difference = old - token.sampling_logprob;
   const Real weight = std::isnan(difference) ? Real(1) : std::exp(difference);
-  const Real low = static_cast<Real>(config.importance_min), high = static_cast<Real>(config.importance_max);
-  if (config.correction == Correction::kTokenTruncate) return clamp(weight, low, high);
-  return weight < low || weight > high ? Real(0) : weight;
+  const Real bounded = clamp(weight, with.importance_min, with.importance_max);
+  return objective.correction == Correction::token_truncate || bounded == weight ? bounded : Real(0);
 }
 
 }  // namespace detail
 
-// One unmasked token. `Real` is float in the kernels, double where derivatives are compared with differences.
+// One unmasked token. `Real` is float in the kernels, double where slopes are compared with differences.
 template <typename Real>
-GRPO_FAST_INLINE BasicTokenObjective<Real> token_objective(const ObjectiveConfig& config,
-                                                           const BasicTokenInputs<Real>& token) {
+GRPO_FAST_INLINE Dual<Real> token_term(const Objective& objective, const Token<Real>& token) {
+  using namespace detail;
   const Real old = token.has_old ? token.old_logprob : token.logprob;
   const Real log_ratio = token.logprob - old;
-  const Real ratio = std::exp(log_ratio);
-  const Real delta = static_cast<Real>(config.delta);
-  const Real capped = ratio > delta ? delta : ratio;
-  const Real advantage = token.advantage;
-
-  uint32_t flags = 0;
-  if (capped < static_cast<Real>(1.0 - config.epsilon_low) && advantage < 0) flags |= kClippedLow;
-  if (capped > static_cast<Real>(1.0 + config.epsilon_high) && advantage > 0) flags |= kClippedHigh;
-
-  detail::Term<Real> policy{};
-  switch (config.policy) {
-    case PolicyTerm::kClipped:
-      policy = detail::clipped_term(config, ratio, capped, advantage);
-      break;
-    case PolicyTerm::kCispo:
-      policy = detail::cispo_term(config, ratio, advantage, token.logprob);
-      if (ratio > static_cast<Real>(config.epsilon_high) && advantage > 0) flags |= kCispoClipped;
-      break;
-    case PolicyTerm::kSapo:
-      policy = detail::sapo_term(config, ratio, advantage);
-      break;
-    case PolicyTerm::kDppo:
-      policy = detail::dppo_term(config, token, ratio, log_ratio, flags);
-      break;
-    case PolicyTerm::kPpoDual:
-      policy = detail::ppo_dual_term(config, ratio, capped, advantage);
-      break;
-    case PolicyTerm::kReinforce:
-      policy = {-advantage * token.logprob, -advantage};
-      break;
-  }
-  const Real importance = detail::importance_weight(config, token, old);
-  if (config.correction != Correction::kNone) policy = {policy.value * importance, policy.slope * importance};
-  const detail::Term<Real> kl = detail::kl_term(config, token.logprob, token.ref_logprob, ratio);
-  if (config.kl != KlEstimator::kNone) {
-    const Real beta = static_cast<Real>(config.beta);
-    policy = {policy.value + beta * kl.value, policy.slope + beta * kl.slope};
-  }
-  return {policy.value, policy.slope, ratio, capped, kl.value, importance, flags};
+  const Real behaviour = token.has_sampling ? token.sampling_logprob : old;
+  const Context<Real> c{objective.parameters, token.logprob,   log_ratio,
+                        std::exp(log_ratio),  token.advantage, behaviour};
+  Dual<Real> term = policy_term(objective.policy, c);
+  if (objective.correction != Correction::none) term = importance_weight(objective, token, old) * term;
+  if (objective.kl == KlEstimator::none) return term;
+  return term + static_cast<Real>(objective.parameters.beta) * kl_term(objective, c, token.ref_logprob);
 }
 
 }  // namespace grpo_fast

@@ -510,11 +510,6 @@ class KernelObjective(NamedTuple):
     correction: str
     parameters: tuple[tuple[str, float], ...]
 
-    def numbers(self, names: tuple[str, ...]) -> list[float]:
-        """The parameters in a kernel's order."""
-        values = dict(self.parameters)
-        return [values[name] for name in names]
-
 
 def kernel_objective(config: LossConfig, tokens: Tokens) -> KernelObjective | None:
     """The objective of tokens like these; None if it couples them or if no kernel has its term."""
@@ -532,7 +527,6 @@ def kernel_objective(config: LossConfig, tokens: Tokens) -> KernelObjective | No
 def _kernel_objective(config: LossConfig, correction: str) -> KernelObjective:
     low, high, delta = config.importance_sampling_clip_min, config.importance_sampling_clip_max, config.delta
     parameters = {
-        "epsilon_low": config.epsilon,
         "clip_low": 1.0 - config.epsilon,
         "clip_high": 1.0 + config.upper_epsilon,
         "clip_bound": config.upper_epsilon,

@@ -414,16 +414,9 @@ class NativeRows:
 @lru_cache(maxsize=64)
 def native_objective(module: Any, objective: KernelObjective) -> Any:
     """The objective as the module's."""
-    given = dict(objective.parameters)
-    native = module.ObjectiveConfig()
-    native.policy = getattr(module.PolicyTerm, objective.policy)
-    native.kl = getattr(module.KlEstimator, objective.kl)
-    native.kl_times_ratio = objective.kl_times_ratio
-    native.correction = getattr(module.Correction, objective.correction)
-    native.epsilon_low, native.epsilon_high = given["epsilon_low"], given["clip_bound"]
-    for name in given.keys() - {"epsilon_low", "clip_low", "clip_high", "clip_bound"}:
-        setattr(native, name, given[name])
-    return native
+    parameters = dict(objective.parameters)
+    named = {name: getattr(objective, name) for name in ("policy", "kl", "kl_times_ratio", "correction")}
+    return module.Objective(**named, parameters=[parameters[name] for name in module.PARAMETERS])
 
 
 # -- the table --------------------------------------------------------------------------------------------------------

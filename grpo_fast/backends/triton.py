@@ -172,14 +172,13 @@ def _rows(rows: RowChunk):  # type: ignore[no-untyped-def]
 @lru_cache(maxsize=64)
 def _objective(objective: KernelObjective, device: torch.device):  # type: ignore[no-untyped-def]
     """The objective in the kernel's terms; its numbers are copied to the device once."""
-    from grpo_fast.kernels.objective import PARAMETERS, objective_parameters
+    from grpo_fast.kernels.objective import objective_parameters
     from grpo_fast.kernels.row_objective import Objective
 
-    given = dict(objective.parameters)
     return Objective(
         policy=objective.policy,
         kl=objective.kl,
         kl_times_ratio=objective.kl_times_ratio,
         correction=objective.correction,
-        parameters=objective_parameters({name: given[name] for name in PARAMETERS}, device),
+        parameters=objective_parameters(dict(objective.parameters), device),
     )
