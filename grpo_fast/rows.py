@@ -13,10 +13,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from grpo_fast.aggregation import aggregation_name, default_normalizer, token_weights
 from grpo_fast.backends.groups import ActiveRows, TokenRows, native_token_rows
 from grpo_fast.config import LossConfig
-from grpo_fast.objectives import Tokens, couples_tokens, needs_every_row
+from grpo_fast.objectives import (
+    Tokens,
+    aggregation_name,
+    couples_tokens,
+    default_normalizer,
+    needs_every_row,
+    token_weights,
+)
 
 
 def token_rows(
@@ -43,7 +49,7 @@ def token_rows(
     asks_device = masked or not every_row
     ambiguous = per_token and tokens.segments.num_sequences == tokens.segments.num_tokens  # native code goes by sizes
     if not ambiguous and not couples_tokens(config, has_old=tokens.old_logprobs is not None):
-        if normalizer is None and config.loss_type == "dr_grpo":
+        if normalizer is None and config.record.aggregation == "constant_length":
             normalizer = default_normalizer(config, tokens.mask, tokens.segments).clamp(min=1)
         native = native_token_rows(
             tokens.advantages,
@@ -81,7 +87,7 @@ def _active_mask(tokens: Tokens, advantages: Tensor, config: LossConfig) -> Tens
     if needs_every_row(config):
         return tokens.mask
     live = tokens.mask & (advantages != 0)
-    if tokens.importance is not None and config.loss_type != "vespo":
+    if tokens.importance is not None and "importance" not in config.record.reads:
         live = live & (tokens.importance != 0)
     if couples_tokens(config, has_old=tokens.old_logprobs is not None):
         live = tokens.mask & tokens.segments.spread(tokens.segments.sum(live) > 0)

@@ -20,9 +20,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_fast.config import LOSS_TYPES, LossConfig
+from grpo_fast.config import LossConfig
 from grpo_fast.inputs import TokenInputs
-from grpo_fast.metrics import CLIPPED_TYPES, collect_metrics
+from grpo_fast.losses import LOSS_TYPES
+from grpo_fast.metrics import collect_metrics
 from grpo_fast.objectives import Terms, Tokens, importance_weight, objective
 from grpo_fast.packing import Segments
 
@@ -246,11 +247,11 @@ def assert_same(library: ctypes.CDLL, logprobs: Tensor, tokens: Tokens, config: 
     metrics = collect_metrics(logprobs, None, terms, tokens, inputs, config).as_dict()
     num = logprobs.numel()
     counted = {}
-    if config.loss_type in CLIPPED_TYPES:
+    if config.record.clip == "two_sided":
         counted = {"low": CLIPPED_LOW, "high": CLIPPED_HIGH, "region": CLIPPED_LOW | CLIPPED_HIGH}
     for name, bits in counted.items():
         assert int((flags & bits != 0).sum()) == round(metrics[f"clip_ratio/{name}_mean"] * num), (name, config)
-    if config.loss_type == "cispo":
+    if config.record.clip == "upper":
         assert int((flags & CISPO_CLIPPED != 0).sum()) == round(metrics["cispo_clip_ratio"] * num), config
 
 

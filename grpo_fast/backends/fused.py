@@ -26,21 +26,6 @@ from grpo_fast.backends.torch import TorchBackend
 from grpo_fast.config import LossConfig
 from grpo_fast.objectives import couples_tokens
 
-POLICY_TERMS = {
-    "grpo": "clipped",
-    "bnpo": "clipped",
-    "dr_grpo": "clipped",
-    "dapo": "clipped",
-    "luspo": "clipped",
-    "cispo": "cispo",
-    "sapo": "sapo",
-    "dppo": "dppo",
-    "ppo_dual": "ppo_dual",
-    "reinforce": "reinforce",
-    "rloo": "reinforce",
-}
-"""How objectives that fused row functions serve are called there: loss types that differ in their weights are one."""
-
 
 class ObjectiveNumbers(NamedTuple):
     """A token-local objective as kernels take it: what is compiled, and numbers by name (None: no bound).
@@ -57,6 +42,8 @@ class ObjectiveNumbers(NamedTuple):
 @lru_cache(maxsize=64)
 def objective_numbers(config: LossConfig) -> ObjectiveNumbers:
     """The config in the kernels' terms."""
+    kernel = config.record.kernel
+    assert kernel is not None
     parameters: dict[str, float | None] = {
         "epsilon_low": config.epsilon,
         "clip_low": 1.0 - config.epsilon,
@@ -73,7 +60,7 @@ def objective_numbers(config: LossConfig) -> ObjectiveNumbers:
         "dual_clip": config.dual_clip,
     }
     return ObjectiveNumbers(
-        policy=POLICY_TERMS[config.loss_type],
+        policy=kernel,
         kl=config.kl_estimator if config.beta else "none",
         kl_times_ratio=config.use_bias_correction_kl,
         parameters=tuple(parameters.items()),
@@ -117,8 +104,9 @@ class FusedBackend(TorchBackend):
         out: Tensor | None = None,
         results: ObjectiveResults | None = None,
     ) -> tuple[Tensor, ObjectiveResults]:
-        coupled = couples_tokens(objective.config, has_old=objective.tokens.old_logprobs is not None)
-        if coupled or not _is_float32(rows):
+        config = objective.config
+        coupled = couples_tokens(config, has_old=objective.tokens.old_logprobs is not None)
+        if coupled or config.record.kernel is None or not _is_float32(rows):
             return super().objective_rows(rows, objective, dtype=dtype, out=out, results=results)
         results = new_results(rows) if results is None else results
         return self.fused_objective(rows, objective, results, dtype=dtype, out=out), results

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from grpo_fast.backends.base import ObjectiveResults, RowObjective, RowSlopes, RowStatistics
 from grpo_fast.config import LossConfig
-from grpo_fast.objectives import Tokens
+from grpo_fast.objectives import Tokens, slope_beside_advantage
 from grpo_fast.ops.gradients import Gradients, GradientSink, Wanted
 from grpo_fast.ops.workspace import HeadCall, Piece, Workspace, boundaries
 
@@ -106,10 +106,9 @@ def objective_pass(
         tokens, weights = tokens.rows(call.rows, row_counts), weights[call.rows]
     scale: float | Tensor = 1.0
     if call.scales_dx:
-        regulariser = config.dppo_log_ratio_coef if config.loss_type == "dppo" else 0.0
         scale = call.grad_scale(
             weights * tokens.advantages,
-            weights * (config.beta + regulariser),
+            weights * slope_beside_advantage(config),
             config.entropy_coef / tokens.bonus_count if config.entropy_coef else None,
         )
 
