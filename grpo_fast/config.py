@@ -10,7 +10,16 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, get_args
 
-from grpo_fast.losses import CORRECTION_MODES, LOSSES, CorrectionMode, Loss, LossName, Parameter, RegisteredLoss
+from grpo_fast.losses import (
+    IMPORTANCE_SAMPLING_MODES,
+    LOSSES,
+    CorrectionMode,
+    Loss,
+    LossName,
+    Parameter,
+    RegisteredLoss,
+)
+from grpo_fast.losses import LOSS_TYPES as LOSS_TYPES
 
 _Level: TypeAlias = Literal["token", "sequence", "sequence_token"]
 _Estimator: TypeAlias = Literal["k1", "k2", "k3"]
@@ -143,7 +152,7 @@ class LossConfig:
         require_choice("importance_sampling_level", self.importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS)
         require_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         if self.importance_sampling_mode is not None:
-            require_choice("importance_sampling_mode", self.importance_sampling_mode, CORRECTION_MODES)
+            require_choice("importance_sampling_mode", self.importance_sampling_mode, IMPORTANCE_SAMPLING_MODES)
         require_number("temperature", self.temperature, above=0)
         # cispo bounds the ratio from above only; the others need a lower bound that is a probability ratio.
         require_number("epsilon", self.epsilon, at_least=0, at_most=1)

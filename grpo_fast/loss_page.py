@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from grpo_fast.losses import CLIP_METRICS, CORRECTION_MODES, LOSSES, Aggregation, Coupling, Loss, Parameter
+from grpo_fast.losses import CLIP_METRICS, IMPORTANCE_SAMPLING_MODES, LOSSES, Aggregation, Coupling, Loss, Parameter
 
 _AGGREGATIONS: dict[Aggregation, str] = {
     "token_mean": "m / max(sum of m, 1): the mean over tokens",
@@ -45,7 +45,7 @@ def _section(loss: Loss) -> str:
         *[("Needs", ", ".join(loss.requires))] * bool(loss.requires),
         *[("Metrics", ", ".join(metrics))] * bool(metrics),
         *[("Corrections", ", ".join(loss.importance_sampling_modes) or "none")]
-        * (loss.importance_sampling_modes != CORRECTION_MODES),
+        * (loss.importance_sampling_modes != IMPORTANCE_SAMPLING_MODES),
         ("Kernel", loss.kernel or "none: torch between the row kernels"),
         ("Paper", loss.paper),
     ]

@@ -48,7 +48,7 @@ Mean: TypeAlias = Literal["tokens", "sequences"]
 Kernel: TypeAlias = Literal["clipped", "cispo", "sapo", "dppo", "ppo_dual", "reinforce"]
 CorrectionMode: TypeAlias = Literal["token_truncate", "token_mask", "sequence_truncate", "sequence_mask"]
 
-CORRECTION_MODES: tuple[CorrectionMode, ...] = get_args(CorrectionMode)
+IMPORTANCE_SAMPLING_MODES: tuple[CorrectionMode, ...] = get_args(CorrectionMode)
 CLIP_METRICS: dict[Clip, tuple[str, ...]] = {
     "none": (),
     "two_sided": tuple(f"clip_ratio/{n}" for n in ("low_mean", "low_min", "high_mean", "high_max", "region_mean")),
@@ -247,7 +247,7 @@ GRPO = Loss(
     couples="nothing",
     beside_advantage=None,
     requires={},
-    importance_sampling_modes=CORRECTION_MODES,
+    importance_sampling_modes=IMPORTANCE_SAMPLING_MODES,
     clip="two_sided",
     metrics={},
     parameters=(),
@@ -267,7 +267,7 @@ CISPO = Loss(
         "epsilon_high": "expected a number, as cispo bounds the ratio by it, not by 1 + it (MiniMax-M1: 5); "
         "got None (TRL then takes epsilon, {epsilon})"
     },
-    importance_sampling_modes=CORRECTION_MODES,
+    importance_sampling_modes=IMPORTANCE_SAMPLING_MODES,
     clip="upper",
     metrics={},
     parameters=(),
@@ -284,7 +284,7 @@ SAPO = Loss(
     couples="nothing",
     beside_advantage=None,
     requires={},
-    importance_sampling_modes=CORRECTION_MODES,
+    importance_sampling_modes=IMPORTANCE_SAMPLING_MODES,
     clip="none",
     metrics={},
     parameters=(
@@ -327,7 +327,7 @@ GMPO = Loss(
     couples="sequence",
     beside_advantage=None,
     requires={},
-    importance_sampling_modes=CORRECTION_MODES,
+    importance_sampling_modes=IMPORTANCE_SAMPLING_MODES,
     clip="two_sided",
     metrics={},
     parameters=(),
@@ -345,7 +345,7 @@ DPPO = Loss(
     couples="nothing",
     beside_advantage="dppo_log_ratio_coef",
     requires={},
-    importance_sampling_modes=CORRECTION_MODES,
+    importance_sampling_modes=IMPORTANCE_SAMPLING_MODES,
     clip="none",
     metrics={},
     parameters=(
@@ -473,7 +473,7 @@ def _check(loss: Loss) -> None:
     require_choice("clip", loss.clip, get_args(Clip))
     for values, name, choices in (
         (loss.reads, "reads", get_args(Quantity)),
-        (loss.importance_sampling_modes, "importance_sampling_modes", CORRECTION_MODES),
+        (loss.importance_sampling_modes, "importance_sampling_modes", IMPORTANCE_SAMPLING_MODES),
         (loss.requires, "requires", tuple(options)),
         (loss.metrics.values(), "metrics", get_args(Mean)),
         (() if loss.kernel is None else (loss.kernel,), "kernel", get_args(Kernel)),

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.backends.base import get_backend
-from grpo_fast.config import KL_ESTIMATORS, HeadConfig, LossConfig
-from grpo_fast.losses import LOSS_TYPES
+from grpo_fast.config import KL_ESTIMATORS, LOSS_TYPES, HeadConfig, LossConfig
 from grpo_fast.reference import reference_logprobs
 from tests.cases import INTERPRETED
 from tests.reference_metrics import TokenData, couples_tokens

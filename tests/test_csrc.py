@@ -20,9 +20,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_fast.config import LossConfig
+from grpo_fast.config import LOSS_TYPES, LossConfig
 from grpo_fast.inputs import TokenInputs
-from grpo_fast.losses import LOSS_TYPES
 from grpo_fast.metrics import collect_metrics
 from grpo_fast.objectives import Terms, Tokens, importance_weight, objective
 from grpo_fast.packing import Segments

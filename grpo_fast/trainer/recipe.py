@@ -61,6 +61,7 @@ def config_from_dict(values: dict[str, Any], overrides: Sequence[str] = ()) -> T
 def as_dict(config: TrainConfig) -> dict[str, Any]:
     """The config as nested dicts that `config_from_dict` reads back, without what follows from other options."""
     values = dataclasses.asdict(config)
+    values["loss"]["parameters"] = dict(config.loss.parameters)  # OmegaConf takes plain dicts only
     for name in _FOLLOWS_ROLLOUT:
         if values["loss"][name] == values["rollout"][name]:
             del values["loss"][name]
