@@ -454,7 +454,7 @@ def register_loss(loss: Loss) -> RegisteredLoss:
 
 def _check(loss: Loss) -> None:
     """Raise ValueError if a field holds what it may not."""
-    from grpo_fast.config import LossConfig, check_parameter, require_choice  # config reads this table
+    from grpo_fast.config import DEFAULTS, LossConfig, check_parameter, require_choice  # config reads this table
 
     if not isinstance(loss, Loss):
         raise ValueError(f"loss: expected a Loss; got {type(loss).__name__}")
@@ -492,4 +492,4 @@ def _check(loss: Loss) -> None:
         if p.name in options and LOSSES.get(loss.name) is not loss:
             raise ValueError(f"parameters: expected names that are no options of LossConfig; got {p.name!r}")
     if loss.beside_advantage is not None:
-        require_choice("beside_advantage", loss.beside_advantage, tuple(p.name for p in loss.parameters))
+        require_choice("beside_advantage", loss.beside_advantage, (*(p.name for p in loss.parameters), *DEFAULTS))

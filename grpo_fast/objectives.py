@@ -282,7 +282,11 @@ def objective(logprobs: Tensor, entropy: Tensor | None, tokens: Tokens, config: 
     )
 
     policy = record.term(inputs)
-    assert inputs.noted.keys() == record.metrics.keys(), f"{record.name} notes other metrics than its record has"
+    if policy.shape != logprobs.shape or inputs.noted.keys() != record.metrics.keys():
+        raise ValueError(
+            f"{record.name}: expected a term of shape {list(logprobs.shape)} that notes {list(record.metrics)}; "
+            f"got {list(policy.shape)} and {list(inputs.noted)}"
+        )
     if config.off_policy_mask_threshold is not None:
         behaviour = inputs.behaviour_logprobs
         kept = off_policy_mask(logprobs.detach(), behaviour, tokens, config.off_policy_mask_threshold)
