@@ -446,8 +446,6 @@ def register_loss(loss: Loss) -> RegisteredLoss:
         ValueError: a field is malformed, or the name is taken.
     """
     _check(loss)
-    if loss.name in LOSSES:
-        raise ValueError(f"name: expected one that is not taken ({', '.join(LOSSES)}); got {loss.name!r}")
     LOSSES[loss.name] = loss
     return RegisteredLoss(loss.name)
 
@@ -458,6 +456,8 @@ def _check(loss: Loss) -> None:
 
     if not isinstance(loss, Loss):
         raise ValueError(f"loss: expected a Loss; got {type(loss).__name__}")
+    if LOSSES.get(loss.name, loss) is not loss:
+        raise ValueError(f"name: expected one that is not taken ({', '.join(LOSSES)}); got {loss.name!r}")
     options = LossConfig.__dataclass_fields__.keys()
     for name in (loss.name, *(p.name for p in loss.parameters)):
         if not isinstance(name, str) or not name.isidentifier():
