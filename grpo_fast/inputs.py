@@ -18,11 +18,18 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from grpo_fast.aggregation import aggregation_name, default_normalizer, token_weights
 from grpo_fast.backends.base import ActiveRows, TokenRows, group_engine, is_traced, resolve_backend
 from grpo_fast.backends.devices import TRAITS
 from grpo_fast.config import HeadConfig, LossConfig
-from grpo_fast.objectives import Tokens, couples_tokens, importance_weight, needs_every_row
+from grpo_fast.objectives import (
+    Tokens,
+    aggregation_name,
+    couples_tokens,
+    default_normalizer,
+    importance_weight,
+    needs_every_row,
+    token_weights,
+)
 from grpo_fast.packing import Segments
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -475,7 +482,7 @@ def token_rows(
     ambiguous = per_token and segments.num_sequences == segments.num_tokens  # native code goes by sizes
     engine = None if coupled or ambiguous or not segments.num_tokens else group_engine(advantages, backend)
     if engine is not None:
-        if normalizer is None and config.loss_type == "dr_grpo":
+        if normalizer is None and config.record.aggregation == "constant_length":
             normalizer = default_normalizer(config, mask, segments).clamp(min=1)
         listed = (torch.empty_like(mask, dtype=torch.int64), mask.new_empty((), dtype=torch.int64))
         active: ActiveRows | None = ActiveRows(torch.empty_like(mask), listed)
@@ -502,7 +509,7 @@ def _active_mask(tokens: Tokens, advantages: Tensor, config: LossConfig, *, ever
     if every_row:
         return tokens.mask
     live = tokens.mask & (advantages != 0)
-    if tokens.importance is not None and config.loss_type != "vespo":
+    if tokens.importance is not None and "importance" not in config.record.reads:
         live = live & (tokens.importance != 0)
     if coupled:
         live = tokens.mask & tokens.segments.spread(tokens.segments.sum(live) > 0)

@@ -181,7 +181,7 @@ def grpo_loss(
 ) -> LossOutput:
     """A loss of the GRPO family, from the last hidden states.
 
-        loss = sum_t weight_t term_t - entropy_coef * mean entropy        (`objectives.py`, `aggregation.py`)
+        loss = sum_t weight_t term_t - entropy_coef * mean entropy        (`losses.py`, `objectives.py`)
 
     Args:
         hidden: `[T, H]` with sequences one after another, or `[B, L, H]` padded (rows are sequences).

@@ -91,7 +91,8 @@ class Settings:
     def __repr__(self) -> str:
         changed = [f for f in fields(self) if f.default is MISSING or getattr(self, f.name) != f.default]
         values = {f.name: getattr(self, f.name) for f in changed if f.name != "config"}
-        config = [f for f in fields(LossConfig) if getattr(self.config, f.name) != f.default]
+        usual = LossConfig()
+        config = [f for f in fields(LossConfig) if getattr(self.config, f.name) != getattr(usual, f.name)]
         values["config"] = "LossConfig(" + ", ".join(f"{f.name}={getattr(self.config, f.name)!r}" for f in config) + ")"
         return "Settings(" + ", ".join(f"{name}={value}" for name, value in values.items()) + ")"
 
