@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_fast.backends.base import group_engine, resolve_backend
+from grpo_fast.backends.base import group_functions, resolve_backend
 from grpo_fast.config import require_choice
 
 SCALES = ("group", "batch", "none", "leave_one_out")
@@ -65,10 +65,10 @@ def group_advantages(
     if aggregation == "normalize_then_sum" and scale not in ("group", "batch"):
         raise ValueError(f"scale: normalize_then_sum z-scores by group and batch; expected group, got {scale!r}")
     labels, order = (None, None) if group_ids is None else group_ids.sort(stable=True)
-    engine = group_engine(table, resolve_backend("auto", table.device))
-    if engine is not None:
+    native = group_functions(table, resolve_backend("auto", table.device))
+    if native is not None:
         given = {"factors": factors, "group_size": group_size, "order": order, "labels": labels}
-        return engine.group_advantages(table, **given, scale=scale, aggregation=aggregation)  # type: ignore[arg-type]
+        return native.advantages(table, **given, scale=scale, aggregation=aggregation)
     if group_size is not None:
         groups = _Groups.equal(table.shape[0], group_size, table.device)
     else:

@@ -18,7 +18,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from grpo_fast.backends.base import ActiveRows, TokenRows, group_engine, is_traced, resolve_backend
+from grpo_fast.backends.base import group_functions, is_traced, resolve_backend
 from grpo_fast.backends.devices import TRAITS
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.objectives import (
@@ -30,6 +30,7 @@ from grpo_fast.objectives import (
     needs_every_row,
     token_weights,
 )
+from grpo_fast.ops.call import ActiveRows
 from grpo_fast.packing import Segments
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -364,9 +365,10 @@ def token_inputs(
     if tokens.old_logprobs is not None:
         tokens.importance = importance_weight(tokens.old_logprobs, tokens, config)
     backend = resolve_backend("auto", device) if backend is None else backend
-    rows = token_rows(tokens, config, normalizer, masked=masked, per_token=per_token, backend=backend)
-    tokens.advantages = rows.advantages
-    return TokenInputs(tokens, rows.weights, rows.active, per_token, normalizer is not None)
+    weights, tokens.advantages, active = token_rows(
+        tokens, config, normalizer, masked=masked, per_token=per_token, backend=backend
+    )
+    return TokenInputs(tokens, weights, active, per_token, normalizer is not None)
 
 
 def _segments(cu_seqlens: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Segments:
@@ -463,8 +465,8 @@ def token_rows(
     masked: bool,
     per_token: bool,
     backend: str,
-) -> TokenRows:
-    """Weights, advantages and the rows to compute.
+) -> tuple[Tensor, Tensor, ActiveRows | None]:
+    """Weights `[T]` and advantages `[T]` of the tokens, 0 where masked, and the rows to compute, None for all.
 
     Left out are masked rows and, unless something needs them, rows whose gradient is known to be zero: zero advantage,
     or a masked train/inference correction. An objective that couples a sequence's tokens keeps or drops it whole; the
@@ -480,28 +482,35 @@ def token_rows(
     every_row = needs_every_row(config)
     coupled = couples_tokens(config, has_old=tokens.old_logprobs is not None)
     ambiguous = per_token and segments.num_sequences == segments.num_tokens  # native code goes by sizes
-    engine = None if coupled or ambiguous or not segments.num_tokens else group_engine(advantages, backend)
-    if engine is not None:
+    native = None if coupled or ambiguous or not segments.num_tokens else group_functions(advantages, backend)
+    if native is not None:
         if normalizer is None and config.record.aggregation == "constant_length":
             normalizer = default_normalizer(config, mask, segments).clamp(min=1)
-        listed = (torch.empty_like(mask, dtype=torch.int64), mask.new_empty((), dtype=torch.int64))
-        active: ActiveRows | None = ActiveRows(torch.empty_like(mask), listed)
+        if normalizer is not None and not (isinstance(normalizer, Tensor) and normalizer.device == mask.device):
+            # A fill: copying the host's number over would wait for a GPU.
+            normalizer = torch.full((), float(normalizer), dtype=torch.float64, device=mask.device)
         weights, spread = (advantages.new_empty(segments.num_tokens) for _ in range(2))
-        engine.token_rows(
+        rows, count = torch.empty_like(mask, dtype=torch.int64), mask.new_empty((), dtype=torch.int64)
+        active = ActiveRows(torch.empty_like(mask), (rows, count))
+        native.token_rows(
             advantages.contiguous(),
             segments.cu_seqlens.contiguous(),
-            mask if masked else None,
-            tokens.importance,
-            normalizer,
+            mask=mask if masked else None,
+            importance=tokens.importance,
+            normalizer=normalizer,
             aggregation=aggregation_name(config),
             every_row=every_row,
-            out=TokenRows(weights, spread, active),
+            weights=weights,
+            token_advantages=spread,
+            active=active.mask,
+            rows=rows,
+            num_active=count,
         )
     else:
         spread = torch.where(mask, advantages if per_token else segments.spread(advantages), 0.0)
         weights = token_weights(config, mask, segments, normalizer, spread.dtype)
         active = ActiveRows(_active_mask(tokens, spread, config, every_row=every_row, coupled=coupled))
-    return TokenRows(weights, spread, active if masked or not every_row else None)
+    return weights, spread, active if masked or not every_row else None
 
 
 def _active_mask(tokens: Tokens, advantages: Tensor, config: LossConfig, *, every_row: bool, coupled: bool) -> Tensor:

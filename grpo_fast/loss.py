@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.backends.base import ActiveRows, BackendName, resolve_backend
+from grpo_fast.backends.base import BackendName, resolve_backend
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.inputs import (
     HeadLike,
@@ -37,7 +37,7 @@ from grpo_fast.inputs import (
 )
 from grpo_fast.metrics import Metrics, collect_metrics
 from grpo_fast.objectives import Terms, couples_sequences, couples_tokens, objective, total_loss
-from grpo_fast.ops.call import Coupling, HeadCall, PlanName
+from grpo_fast.ops.call import ActiveRows, Coupling, HeadCall, PlanName
 from grpo_fast.ops.operators import head_logprobs, head_objective, with_gradients
 
 __all__ = [

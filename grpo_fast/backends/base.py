@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
@@ -147,31 +147,11 @@ def _float32(tensors: dict[str, Any]) -> dict[str, Tensor | None]:
     return {name: None if t is None else t.float().contiguous() for name, t in tensors.items()}
 
 
-@dataclass(frozen=True)
-class ActiveRows:
-    """The rows of the LM head to compute.
+class GroupFunctions(NamedTuple):
+    """`group_advantages` and `token_rows` as kernels/group_advantages.py and kernels/group_rows.py define them."""
 
-    Attributes:
-        mask: `[T]` bool.
-        listed: their indices, increasing, at the front of `[T]` int64, and how many there are, 0-dim int64; or None.
-    """
-
-    mask: Tensor
-    listed: tuple[Tensor, Tensor] | None = None
-
-
-class TokenRows(NamedTuple):
-    """What packed tokens carry into the loss.
-
-    Attributes:
-        weights: `[T]` weight of each token's term in the loss, 0 where masked.
-        advantages: `[T]`, 0 where masked.
-        active: the rows to compute, or None if that is all of them without asking the device.
-    """
-
-    weights: Tensor
-    advantages: Tensor
-    active: ActiveRows | None
+    advantages: Callable[..., Tensor]
+    token_rows: Callable[..., None]
 
 
 # -- what a backend is ------------------------------------------------------------------------------------------------
@@ -189,7 +169,6 @@ class Backend(ABC):
     """Whether dx goes to memory of its own where it can, so that the backward products span several tiles of logits."""
 
     has_fused_forward: bool = False
-    has_group_functions: bool = False
 
     @abstractmethod
     def why_unavailable(self, device: torch.device) -> str | None:
@@ -288,50 +267,9 @@ class Backend(ABC):
         """Statistics `[T]` without logits in memory, for backends with `has_fused_forward`."""
         raise NotImplementedError(f"{self.name} has no fused forward")
 
-    # -- batches of completions; for backends with `has_group_functions` ---------------------------------------------
-
-    def group_advantages(
-        self,
-        rewards: Tensor,
-        *,
-        factors: Tensor | None,
-        group_size: int | None,
-        order: Tensor | None,
-        labels: Tensor | None,
-        scale: str,
-        aggregation: str,
-    ) -> Tensor:
-        """Advantages `[N]` from rewards `[N, K]` float32 or float64, NaN where missing: `grpo_fast.advantages`.
-
-        Args:
-            factors: `[K]` in their dtype, or None: all 1.
-            group_size: of equal groups that stand together.
-            order: `[N]` int64, completions sorted by group, instead. labels: `[N]`, ascending, the group of each.
-            scale, aggregation: names, checked.
-        """
-        raise NotImplementedError(f"{self.name} has no group functions")
-
-    def token_rows(
-        self,
-        advantages: Tensor,
-        cu_seqlens: Tensor,
-        mask: Tensor | None,
-        importance: Tensor | None,
-        normalizer: Tensor | float | None,
-        *,
-        aggregation: str,
-        every_row: bool,
-        out: TokenRows,
-    ) -> None:
-        """Write weights, advantages and active rows of tokens: `grpo_fast.inputs.token_rows`.
-
-        Args:
-            advantages: `[S]`, or one a token, `[T]` (where S is not T); float32 or float64. cu_seqlens: `[S+1]` int64.
-            mask: `[T]` bool, or None: every token carries loss. importance: `[T]` in the dtype of advantages, or None.
-            normalizer: replaces the denominator of `aggregation`.
-            every_row: compute unmasked rows even where advantage or importance is 0.
-        """
-        raise NotImplementedError(f"{self.name} has no group functions")
+    def group_functions(self) -> GroupFunctions | None:
+        """What serves batches of completions before the model is asked; None: torch's operators do."""
+        return None
 
 
 def statistics_of(engine: Backend, rows: RowChunk) -> RowStatistics:
@@ -377,9 +315,9 @@ def objective_slopes(logprobs: Tensor, entropy: Tensor, own: RowObjective) -> tu
 # -- what C++ takes: addresses and sizes, as the modules do not link torch --------------------------------------------
 
 
-def address(tensor: Tensor | None) -> int:
-    """Where the tensor's numbers are; 0 for none."""
-    return 0 if tensor is None else tensor.data_ptr()
+def addresses(**tensors: Tensor | None) -> dict[str, int]:
+    """Where tensors' numbers are, by name; 0 for none."""
+    return {name: 0 if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()}
 
 
 def native_dtype(module: Any, dtype: torch.dtype) -> Any:
@@ -398,16 +336,13 @@ class NativeRows:
         targets = rows.targets.contiguous()
         self.kept = (logits, targets, bias, per_row)
         self.native = module.Rows(
-            logits=logits.data_ptr(),
+            **addresses(logits=logits, targets=targets, bias=bias, row_temperature=per_row),
             num_rows=logits.shape[0],
             num_columns=logits.shape[1],
             row_stride=logits.stride(0),
-            targets=targets.data_ptr(),
-            bias=address(bias),
             logit_scale=transform.head.logit_scale,
             softcap=transform.head.softcap or 0.0,
             temperature=1.0 if isinstance(temperature, Tensor) else temperature,
-            row_temperature=address(per_row),
         )
 
 
@@ -484,9 +419,8 @@ def is_traced(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() or torch._guards.detect_fake_mode(tensor) is not None
 
 
-def group_engine(values: Tensor, backend: str) -> Backend | None:
-    """The backend if its group functions serve tensors like this one, which is neither traced nor differentiated."""
+def group_functions(values: Tensor, backend: str) -> GroupFunctions | None:
+    """The backend's group functions if they serve tensors like this one, neither traced nor differentiated."""
     if is_traced(values) or values.requires_grad or values.numel() == 0:
         return None
-    engine = get_backend(backend)
-    return engine if engine.has_group_functions and values.dtype in (torch.float32, torch.float64) else None
+    return get_backend(backend).group_functions() if values.dtype in (torch.float32, torch.float64) else None

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from grpo_fast.backends.base import (
+    GroupFunctions,
     NativeRows,
     ObjectiveResults,
     RowChunk,
     RowObjective,
     RowSlopes,
     RowStatistics,
-    TokenRows,
-    address,
+    addresses,
     native_dtype,
     native_objective,
 )
@@ -49,7 +49,6 @@ class CpuBackend(TorchBackend):
     """See the module. What is not overridden, or not offered for a dtype, is the torch backend's."""
 
     name = "cpu"
-    has_group_functions = True
 
     def why_unavailable(self, device: torch.device) -> str | None:
         if device.type != "cpu":
@@ -85,14 +84,11 @@ class CpuBackend(TorchBackend):
         scratch, threads = _scratch(hidden)
         _C.gemm_logits(
             _dtype(hidden.dtype),
-            hidden=hidden.data_ptr(),
-            weight=weight.data_ptr(),
-            out=out.data_ptr(),
+            **addresses(hidden=hidden, weight=weight, out=out, scratch=scratch),
             rows=hidden.shape[0],
             width=hidden.shape[1],
             vocab=weight.shape[0],
             out_stride=out.stride(0),
-            scratch=scratch.data_ptr(),
             threads=threads,
         )
 
@@ -106,14 +102,11 @@ class CpuBackend(TorchBackend):
         scratch, threads = _scratch(out)
         _C.gemm_grad_hidden(
             _dtype(dx.dtype),
-            dx=dx.data_ptr(),
-            weight=weight.data_ptr(),
-            out=out.data_ptr(),
+            **addresses(dx=dx, weight=weight, out=out, scratch=scratch),
             rows=dx.shape[0],
             width=weight.shape[1],
             vocab=weight.shape[0],
             dx_stride=dx.stride(0),
-            scratch=scratch.data_ptr(),
             threads=threads,
         )
 
@@ -126,17 +119,12 @@ class CpuBackend(TorchBackend):
         packed = hidden.new_empty(_C.gemm_packed_bytes(*hidden.shape), dtype=torch.uint8)
         _C.gemm_grad_weight(
             _dtype(dx.dtype),
-            dx=dx.data_ptr(),
-            hidden=hidden.data_ptr(),
-            base=address(base),
-            out=out.data_ptr(),
+            **addresses(dx=dx, hidden=hidden, base=base, out=out, packed=packed, scratch=scratch),
             narrow_out=out.dtype != torch.float32,
             rows=dx.shape[0],
             width=hidden.shape[1],
             vocab=dx.shape[1],
             dx_stride=dx.stride(0),
-            packed=packed.data_ptr(),
-            scratch=scratch.data_ptr(),
             threads=threads,
         )
 
@@ -144,13 +132,13 @@ class CpuBackend(TorchBackend):
 
     def statistics(self, rows: RowChunk, out: RowStatistics) -> None:
         native_rows = NativeRows(_C, rows)
-        _C.row_statistics(native_rows.native, **_results(out), threads=torch.get_num_threads())
+        _C.row_statistics(native_rows.native, **addresses(**out._asdict()), threads=torch.get_num_threads())
 
     def gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         native_rows, kept = NativeRows(_C, rows), slopes.tensors()
         _C.row_gradient(
             native_rows.native,
-            **{name: address(t) for name, t in kept.items()},
+            **addresses(**kept),
             vocab_start=rows.vocab_start,
             dtype=_dtype(_dx_dtype(dtype)),
             threads=torch.get_num_threads(),
@@ -172,92 +160,77 @@ class CpuBackend(TorchBackend):
         _C.row_objective(
             native_rows.native,
             native_objective(_C, kernel),
-            **{name: address(t) for name, t in kept.items()},
+            **addresses(**kept),
             entropy_gradient=-objective.config.entropy_coef / float(objective.tokens.bonus_count),
             grad_scale=1.0 if objective.grad_scale is None else float(objective.grad_scale),
             dtype=_dtype(_dx_dtype(dtype)),
-            **_results(results),
+            **addresses(**results._asdict()),
             threads=torch.get_num_threads(),
         )
         return _dx(rows.logits, dtype, out)
 
-    # -- batches of completions --------------------------------------------------------------------------------------
+    def group_functions(self) -> GroupFunctions:
+        return GroupFunctions(_group_advantages, _token_rows)
 
-    def group_advantages(
-        self,
-        rewards: Tensor,
-        *,
-        factors: Tensor | None,
-        group_size: int | None,
-        order: Tensor | None,
-        labels: Tensor | None,
-        scale: str,
-        aggregation: str,
-    ) -> Tensor:
-        rewards, order = rewards.contiguous(), None if order is None else order.contiguous()
-        weights = None if factors is None else factors.double().contiguous()
-        offsets = None
-        if labels is not None:
-            lengths = torch.unique_consecutive(labels, return_counts=True)[1]
-            offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
-        out = rewards.new_empty(rewards.shape[0])
-        _C.group_advantages(
-            _dtype(rewards.dtype),
-            rewards=rewards.data_ptr(),
-            num_completions=rewards.shape[0],
-            num_rewards=rewards.shape[1],
-            weights=address(weights),
-            group_size=group_size or 0,
-            order=address(order),
-            offsets=address(offsets),
-            num_groups=0 if offsets is None else offsets.numel() - 1,
-            scale=getattr(_C.AdvantageScale, scale),
-            aggregation=getattr(_C.RewardAggregation, aggregation),
-            out=out.data_ptr(),
-        )
-        return out
 
-    def token_rows(
-        self,
-        advantages: Tensor,
-        cu_seqlens: Tensor,
-        mask: Tensor | None,
-        importance: Tensor | None,
-        normalizer: Tensor | float | None,
-        *,
-        aggregation: str,
-        every_row: bool,
-        out: TokenRows,
-    ) -> None:
-        assert out.active is not None
-        assert out.active.listed is not None
-        rows, count = out.active.listed
-        found = _C.token_rows(
-            _dtype(advantages.dtype),
-            cu_seqlens=cu_seqlens.data_ptr(),
-            num_sequences=cu_seqlens.numel() - 1,
-            num_tokens=out.weights.numel(),
-            mask=address(mask),
-            advantages=advantages.data_ptr(),
-            advantages_per_token=advantages.numel() != cu_seqlens.numel() - 1,
-            importance=address(importance),
-            aggregation=getattr(_C.TokenAggregation, aggregation),
-            normalizer=None if normalizer is None else float(normalizer),
-            every_row=every_row,
-            weights=out.weights.data_ptr(),
-            token_advantages=out.advantages.data_ptr(),
-            active=out.active.mask.data_ptr(),
-            rows=rows.data_ptr(),
-        )
-        count.fill_(found)
+def _group_advantages(
+    rewards: Tensor,
+    *,
+    factors: Tensor | None,
+    group_size: int | None,
+    order: Tensor | None,
+    labels: Tensor | None,
+    scale: str,
+    aggregation: str,
+) -> Tensor:
+    rewards, order = rewards.contiguous(), None if order is None else order.contiguous()
+    weights = None if factors is None else factors.double().contiguous()
+    offsets = None
+    if labels is not None:
+        lengths = torch.unique_consecutive(labels, return_counts=True)[1]
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    out = rewards.new_empty(rewards.shape[0])
+    _C.group_advantages(
+        _dtype(rewards.dtype),
+        **addresses(rewards=rewards, weights=weights, order=order, offsets=offsets, out=out),
+        num_completions=rewards.shape[0],
+        num_rewards=rewards.shape[1],
+        group_size=group_size or 0,
+        num_groups=0 if offsets is None else offsets.numel() - 1,
+        scale=getattr(_C.AdvantageScale, scale),
+        aggregation=getattr(_C.RewardAggregation, aggregation),
+    )
+    return out
+
+
+def _token_rows(
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    normalizer: Tensor | None,
+    aggregation: str,
+    every_row: bool,
+    num_active: Tensor,
+    **tensors: Tensor | None,
+) -> None:
+    num_sequences = cu_seqlens.numel() - 1
+    weights = tensors["weights"]
+    assert weights is not None
+    count = _C.token_rows(
+        _dtype(advantages.dtype),
+        **addresses(advantages=advantages, cu_seqlens=cu_seqlens, **tensors),
+        num_sequences=num_sequences,
+        num_tokens=weights.numel(),
+        advantages_per_token=advantages.numel() != num_sequences,
+        aggregation=getattr(_C.TokenAggregation, aggregation),
+        normalizer=None if normalizer is None else float(normalizer),
+        every_row=every_row,
+    )
+    num_active.fill_(count)
 
 
 def _dtype(dtype: torch.dtype) -> Any:
     return native_dtype(_C, dtype)
-
-
-def _results(results: RowStatistics | ObjectiveResults) -> dict[str, int]:
-    return {name: tensor.data_ptr() for name, tensor in zip(results._fields, results, strict=True)}
 
 
 @cache

@@ -23,7 +23,7 @@ from grpo_fast.backends.base import (
     RowObjective,
     RowSlopes,
     RowStatistics,
-    address,
+    addresses,
     native_dtype,
     native_objective,
 )
@@ -62,9 +62,7 @@ class CudaBackend(TorchBackend):
         native_rows = NativeRows(_cuda, rows)
         _cuda.row_statistics(
             native_rows.native,
-            logprobs=out.logprobs.data_ptr(),
-            entropy=out.entropy.data_ptr(),
-            lse=out.lse.data_ptr(),
+            **addresses(**out._asdict()),
             **_queue(rows.logits),
         )
 
@@ -73,7 +71,7 @@ class CudaBackend(TorchBackend):
         dx = _over(rows.logits, dtype) if out is None else out
         _cuda.row_gradient(
             native_rows.native,
-            **{name: address(t) for name, t in kept.items()},
+            **addresses(**kept),
             vocab_start=rows.vocab_start,
             **_dx(dx),
             **_queue(rows.logits),
@@ -98,12 +96,10 @@ class CudaBackend(TorchBackend):
         _cuda.row_objective(
             native_rows.native,
             native_objective(_cuda, kernel),
-            **{name: address(t) for name, t in kept.items()},
+            **addresses(**kept),
             grad_scale_value=1.0,
             **_dx(dx),
-            logprobs=results.logprobs.data_ptr(),
-            entropy=results.entropy.data_ptr(),
-            live=results.live.data_ptr(),
+            **addresses(**results._asdict()),
             **_queue(rows.logits),
         )
         return dx

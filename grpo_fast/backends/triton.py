@@ -13,18 +13,17 @@ from __future__ import annotations
 import os
 from functools import lru_cache
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from grpo_fast.backends.base import (
+    GroupFunctions,
     ObjectiveResults,
     RowChunk,
     RowObjective,
     RowSlopes,
     RowStatistics,
-    TokenRows,
     Transform,
 )
 from grpo_fast.backends.devices import old_gpu, padded
@@ -36,7 +35,7 @@ class TritonBackend(TorchBackend):
     """See the module. What is not overridden is the torch backend's."""
 
     name = "triton"
-    stages_dx = has_fused_forward = has_group_functions = True
+    stages_dx = has_fused_forward = True
 
     def why_unavailable(self, device: torch.device) -> str | None:
         if find_spec("triton") is None:
@@ -113,44 +112,11 @@ class TritonBackend(TorchBackend):
         )
         return RowStatistics(*found)
 
-    def group_advantages(self, rewards: Tensor, **given: Any) -> Tensor:
+    def group_functions(self) -> GroupFunctions:
         from grpo_fast.kernels.group_advantages import group_advantages
-
-        return group_advantages(rewards, **given)
-
-    def token_rows(
-        self,
-        advantages: Tensor,
-        cu_seqlens: Tensor,
-        mask: Tensor | None,
-        importance: Tensor | None,
-        normalizer: Tensor | float | None,
-        *,
-        aggregation: str,
-        every_row: bool,
-        out: TokenRows,
-    ) -> None:
         from grpo_fast.kernels.group_rows import token_rows
 
-        if normalizer is not None and not (isinstance(normalizer, Tensor) and normalizer.device == advantages.device):
-            # A fill: copying the host's number over would wait for the GPU.
-            normalizer = torch.full((), float(normalizer), dtype=torch.float64, device=advantages.device)
-        assert out.active is not None
-        assert out.active.listed is not None
-        token_rows(
-            advantages,
-            cu_seqlens,
-            mask=mask,
-            importance=importance,
-            normalizer=normalizer,
-            aggregation=aggregation,
-            every_row=every_row,
-            weights=out.weights,
-            token_advantages=out.advantages,
-            active=out.active.mask,
-            rows=out.active.listed[0],
-            num_active=out.active.listed[1],
-        )
+        return GroupFunctions(group_advantages, token_rows)
 
 
 def _why_not_running(device: torch.device) -> str | None:

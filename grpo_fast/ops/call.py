@@ -35,7 +35,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from grpo_fast.backends.base import ActiveRows, Backend, Transform, get_backend
+from grpo_fast.backends.base import Backend, Transform, get_backend
 from grpo_fast.backends.devices import TRAITS
 from grpo_fast.config import HeadConfig
 from grpo_fast.packing import Segments
@@ -166,6 +166,19 @@ def row_budget(
     num_buffers = 2 if two else 1
     staged_rows = (available - num_buffers * tile_rows * row_bytes) // staged_bytes // tile_rows * tile_rows
     return RowBudget(tile_rows, chunk_rows, staged_rows, num_buffers)
+
+
+@dataclass(frozen=True)
+class ActiveRows:
+    """The rows of the LM head to compute.
+
+    Attributes:
+        mask: `[T]` bool.
+        listed: their indices, increasing, at the front of `[T]` int64, and how many there are, 0-dim int64; or None.
+    """
+
+    mask: Tensor
+    listed: tuple[Tensor, Tensor] | None = None
 
 
 # -- the call ---------------------------------------------------------------------------------------------------------

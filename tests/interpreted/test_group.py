@@ -241,7 +241,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     token_rows = rows_file.token_rows
     monkeypatch.setattr(rows_file, "token_rows", counted)
-    monkeypatch.setattr(tokens_file, "group_engine", lambda values, backend: get_backend("triton"))
+    functions = get_backend("triton").group_functions
+    monkeypatch.setattr(tokens_file, "group_functions", lambda values, backend: functions())
     return calls
 
 
