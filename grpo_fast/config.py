@@ -174,15 +174,13 @@ class LossConfig:
 
     def _own_parameters(self) -> FrozenParameters:
         """All of a registered loss's parameters, in its record's order."""
-        known = [p for p in self.record.parameters if p not in BUILT_IN]
-        for name in self.parameters:
-            if name not in [p.name for p in known]:
-                names = ", ".join(p.name for p in known) or "none"
-                raise ValueError(f"parameters: expected those of {self.loss_type} ({names}); got {name!r}")
-        values = {p.name: self.parameters.get(p.name, p.default) for p in known}
-        for p in known:
-            check_parameter(p, values[p.name])
-        return FrozenParameters(values)
+        known = {p.name: p for p in self.record.parameters if p not in BUILT_IN}
+        if not isinstance(self.parameters, Mapping) or not self.parameters.keys() <= known.keys():
+            names = ", ".join(known) or "none"
+            raise ValueError(f"parameters: expected those of {self.loss_type} ({names}); got {self.parameters!r}")
+        for name, value in self.parameters.items():
+            check_parameter(known[name], value)
+        return FrozenParameters({name: self.parameters.get(name, p.default) for name, p in known.items()})
 
     def _check_combinations(self) -> None:
         for name, reason in self.record.requires.items():

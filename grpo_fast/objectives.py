@@ -285,19 +285,7 @@ def objective(logprobs: Tensor, entropy: Tensor | None, tokens: Tokens, config: 
     ratio = log_w.exp()
     importance = importance_weight(old.detach(), tokens, config) if tokens.importance is None else tokens.importance
     record = config.record
-    inputs = TermInputs(
-        logprobs=logprobs,
-        log_ratio=log_ratio,
-        log_w=log_w,
-        ratio=ratio,
-        advantages=tokens.advantages,
-        mask=tokens.mask,
-        segments=tokens.segments,
-        importance=importance,
-        old_logprobs=tokens.old_logprobs,
-        sampling_logprobs=tokens.sampling_logprobs,
-        config=config,
-    )
+    inputs = TermInputs(logprobs, log_ratio, log_w, ratio, importance, tokens, config)
 
     policy = record.term(inputs)
     if policy.shape != logprobs.shape or inputs.noted.keys() != record.metrics.keys():
