@@ -69,10 +69,9 @@ class Extension(ModuleType):
     def __init__(self) -> None:
         super().__init__("_cuda")
         self.calls: list[tuple[str, dict[str, Any]]] = []
-        kinds = "PolicyTerm KlEstimator Correction DType"
-        for kind in kinds.split():
-            setattr(self, kind, type(kind, (), {"__getattr__": lambda self, name: name})())
-        self.ObjectiveConfig = SimpleNamespace
+        self.DType = type("DType", (), {"__getattr__": lambda self, name: name})()
+        self.PARAMETERS = objective.PARAMETERS
+        self.Objective = lambda **given: SimpleNamespace(**given)
         self.Rows = lambda **given: SimpleNamespace(**given)
         self.narrow_offset = lambda columns: 2 * (columns // 8 * 8)
         for name in ("row_statistics", "row_objective", "row_gradient"):
