@@ -1,6 +1,6 @@
 """grpo-fast: the GRPO family of losses straight from hidden states and LM head, and a thin trainer.
 
-    from grpo_fast import grpo_loss, token_logprobs, policy_loss, LossConfig, HeadConfig, Head
+    from grpo_fast import grpo_loss, token_logprobs, policy_loss, LossConfig, HeadConfig, Head, register_loss, Loss
 
 Importing the package loads nothing; a name brings its room, and these need torch only.
 """
@@ -12,11 +12,26 @@ if TYPE_CHECKING:
     from grpo_fast.config import HeadConfig, LossConfig
     from grpo_fast.head import Head, head_of
     from grpo_fast.loss import grpo_loss, policy_loss, token_logprobs
+    from grpo_fast.losses import Loss, Parameter, TermInputs, register_loss
 
 __version__ = "0.1.0"
-__all__ = ["Head", "HeadConfig", "LossConfig", "grpo_loss", "head_of", "policy_loss", "token_logprobs"]
+__all__ = [
+    "Head",
+    "HeadConfig",
+    "Loss",
+    "LossConfig",
+    "Parameter",
+    "TermInputs",
+    "grpo_loss",
+    "head_of",
+    "policy_loss",
+    "register_loss",
+    "token_logprobs",
+]
 
-_ROOMS = {"Head": "head", "head_of": "head", "HeadConfig": "config", "LossConfig": "config"}
+_ROOMS = {"Head": "head", "head_of": "head", "HeadConfig": "config", "LossConfig": "config"} | dict.fromkeys(
+    ("Loss", "Parameter", "TermInputs", "register_loss"), "losses"
+)
 
 
 def __getattr__(name: str) -> Any:

@@ -5,28 +5,39 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, get_args
 
-LOSS_TYPES = (
-    "grpo",
-    "bnpo",
-    "dr_grpo",
-    "dapo",
-    "luspo",
-    "cispo",
-    "sapo",
-    "vespo",
-    "gmpo",
-    "dppo",
-    "ppo_dual",
-    "reinforce",
-    "rloo",
+from grpo_fast.losses import (
+    IMPORTANCE_SAMPLING_MODES,
+    LOSSES,
+    CorrectionMode,
+    Loss,
+    LossName,
+    Parameter,
+    RegisteredLoss,
 )
-IMPORTANCE_SAMPLING_LEVELS = ("token", "sequence", "sequence_token")
-KL_ESTIMATORS = ("k1", "k2", "k3")
-IMPORTANCE_SAMPLING_MODES = ("token_truncate", "token_mask", "sequence_truncate", "sequence_mask")
+from grpo_fast.losses import LOSS_TYPES as LOSS_TYPES
+
+_Level: TypeAlias = Literal["token", "sequence", "sequence_token"]
+_Estimator: TypeAlias = Literal["k1", "k2", "k3"]
+if TYPE_CHECKING:
+    LossType: TypeAlias = LossName | RegisteredLoss
+    ImportanceSamplingLevel: TypeAlias = _Level
+    KlEstimator: TypeAlias = _Estimator
+    ImportanceSamplingMode: TypeAlias = CorrectionMode
+    Parameters: TypeAlias = Mapping[str, float]
+else:  # what fills the config from recipes (OmegaConf, from 2.3 on) knows neither Literal nor Mapping
+    LossType = ImportanceSamplingLevel = KlEstimator = ImportanceSamplingMode = str
+    Parameters = dict[str, float]
+
+IMPORTANCE_SAMPLING_LEVELS = get_args(_Level)
+KL_ESTIMATORS = get_args(_Estimator)
+BUILT_IN = tuple(parameter for loss in LOSSES.values() for parameter in loss.parameters)
+"""Parameters that are fields of `LossConfig`; registered losses come later."""
+DEFAULTS = {parameter.name: parameter.default for parameter in BUILT_IN}
 
 
 def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -56,19 +67,40 @@ def require_number(
         raise ValueError(f"{name}: expected {expected}; got {value!r}")
 
 
+def check_parameter(parameter: Parameter, value: object) -> None:
+    """Raise ValueError unless `value` is within the parameter's bounds."""
+    p = parameter
+    require_number(p.name, value, above=p.above, at_least=p.at_least, at_most=p.at_most)
+
+
+class FrozenParameters(dict[str, float]):
+    """A dict that cannot change, and so has a hash. A dict it is for OmegaConf, JSON and `dataclasses.asdict`."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return hash(tuple(self.items()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return FrozenParameters, (dict(self),)
+
+    def _refuse(self, *args: object, **kwargs: object) -> NoReturn:
+        raise TypeError("parameters: cannot change; make another LossConfig (dataclasses.replace)")
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # type: ignore
+
+
 @dataclass(frozen=True, kw_only=True)
 class LossConfig:
     """A member of the GRPO family. Names, meanings and defaults are those of TRL 1.16's GRPOConfig.
 
-    Every field is explained where its formula stands, in `grpo_fast.objectives`.
+    Every field is explained where its formula stands, in `grpo_fast.losses` and `grpo_fast.objectives`.
 
     Raises:
         ValueError: a field is out of its range, or two fields contradict each other.
     """
 
-    loss_type: str = "dapo"
-    """Per-token policy term and aggregation; one of `LOSS_TYPES`."""
-    importance_sampling_level: str = "token"
+    loss_type: LossType = "dapo"
+    """Per-token policy term and aggregation: a name of `LOSSES` (docs/losses.md), or what `register_loss` returned."""
+    importance_sampling_level: ImportanceSamplingLevel = "token"
     """Level of the ratio current/old: `token`, `sequence` (GSPO) or `sequence_token` (GSPO-token)."""
     temperature: float = 1.0
     """Logits are divided by it; it must be the sampling temperature of the rollout."""
@@ -80,7 +112,7 @@ class LossConfig:
     """Two-sided clipping: upper bound of the unclipped ratio."""
     beta: float = 0.0
     """Weight of the KL divergence to the reference policy; needs `ref_logprobs` unless 0."""
-    kl_estimator: str = "k3"
+    kl_estimator: KlEstimator = "k3"
     """`k1` p - ref, `k2` (p - ref)^2 / 2, `k3` e^(ref-p) - (ref-p) - 1."""
     use_bias_correction_kl: bool = True
     """Multiply the KL by the ratio (before `delta`), which makes its gradient unbiased off-policy."""
@@ -92,28 +124,31 @@ class LossConfig:
     """Drop a sequence with A < 0 whose mean (sampling - p) exceeds this (nats per token)."""
     max_completion_length: int | None = None
     """The constant C of dr_grpo's denominator B * C."""
-    importance_sampling_mode: str | None = None
-    """Correction of train/inference mismatch from `sampling_logprobs`; one of `IMPORTANCE_SAMPLING_MODES`."""
+    importance_sampling_mode: ImportanceSamplingMode | None = None
+    """Correction of train/inference mismatch from `sampling_logprobs`: truncated or masked, by token or sequence."""
     importance_sampling_clip_min: float | None = None
     importance_sampling_clip_max: float | None = 3.0
-    sapo_temperature_pos: float = 1.0
-    sapo_temperature_neg: float = 1.05
-    vespo_k_pos: float = 2.0
-    vespo_lambda_pos: float = 3.0
-    vespo_k_neg: float = 3.0
-    vespo_lambda_neg: float = 2.0
-    dppo_threshold: float = 0.2
+    sapo_temperature_pos: float = DEFAULTS["sapo_temperature_pos"]
+    """The parameters of sapo, vespo, dppo and ppo_dual: `grpo_fast.losses` says what they are (docs/losses.md)."""
+    sapo_temperature_neg: float = DEFAULTS["sapo_temperature_neg"]
+    vespo_k_pos: float = DEFAULTS["vespo_k_pos"]
+    vespo_lambda_pos: float = DEFAULTS["vespo_lambda_pos"]
+    vespo_k_neg: float = DEFAULTS["vespo_k_neg"]
+    vespo_lambda_neg: float = DEFAULTS["vespo_lambda_neg"]
+    dppo_threshold: float = DEFAULTS["dppo_threshold"]
     """Probability difference beyond which dppo drops a token."""
-    dppo_log_ratio_coef: float = 1e-3
+    dppo_log_ratio_coef: float = DEFAULTS["dppo_log_ratio_coef"]
     """Weight of dppo's (log ratio)^2 term."""
-    dual_clip: float = 3.0
+    dual_clip: float = DEFAULTS["dual_clip"]
     """The constant c of ppo_dual: for A < 0 the clipped objective is bounded below by c * A."""
+    parameters: Parameters = field(default_factory=dict)
+    """Those of a registered loss, by name; what is left out has the record's default."""
     all_token_metrics: bool = False
     """Also compute rows whose gradient is known to be zero (zero advantage), so that logprobs, entropy and
     metrics cover every unmasked token."""
 
     def __post_init__(self) -> None:
-        require_choice("loss_type", self.loss_type, LOSS_TYPES)
+        require_choice("loss_type", self.loss_type, tuple(LOSSES))
         require_choice("importance_sampling_level", self.importance_sampling_level, IMPORTANCE_SAMPLING_LEVELS)
         require_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         if self.importance_sampling_mode is not None:
@@ -130,32 +165,48 @@ class LossConfig:
         require_number("max_completion_length", self.max_completion_length, at_least=1, optional=True)
         require_number("importance_sampling_clip_min", self.importance_sampling_clip_min, at_least=0, optional=True)
         require_number("importance_sampling_clip_max", self.importance_sampling_clip_max, above=0, optional=True)
-        for name in ("sapo_temperature_pos", "sapo_temperature_neg", "dppo_threshold", "dual_clip"):
-            require_number(name, getattr(self, name), above=0)
-        for name in ("vespo_k_pos", "vespo_lambda_pos", "vespo_k_neg", "vespo_lambda_neg", "dppo_log_ratio_coef"):
-            require_number(name, getattr(self, name), at_least=0)
+        for parameter in BUILT_IN:
+            check_parameter(parameter, getattr(self, parameter.name))
+        object.__setattr__(self, "parameters", self._own_parameters())
         self._check_combinations()
         # One string names the whole config: custom ops take strings, not dataclasses.
         object.__setattr__(self, "_key", json.dumps(dataclasses.asdict(self), sort_keys=True))
 
+    def _own_parameters(self) -> FrozenParameters:
+        """All of a registered loss's parameters, in its record's order."""
+        known = [p for p in self.record.parameters if p not in BUILT_IN]
+        for name in self.parameters:
+            if name not in [p.name for p in known]:
+                names = ", ".join(p.name for p in known) or "none"
+                raise ValueError(f"parameters: expected those of {self.loss_type} ({names}); got {name!r}")
+        values = {p.name: self.parameters.get(p.name, p.default) for p in known}
+        for p in known:
+            check_parameter(p, values[p.name])
+        return FrozenParameters(values)
+
     def _check_combinations(self) -> None:
-        if self.loss_type == "dr_grpo" and self.max_completion_length is None:
-            raise ValueError("max_completion_length: dr_grpo divides by it; expected an integer >= 1, got None")
-        if self.loss_type == "vespo" and (self.importance_sampling_mode or "token").startswith("sequence"):
-            raise ValueError(
-                "importance_sampling_mode: vespo expects token_truncate, token_mask or None; "
-                f"got {self.importance_sampling_mode!r}"
-            )
-        if self.loss_type == "cispo" and self.epsilon_high is None:
-            raise ValueError(
-                "epsilon_high: expected a number, as cispo bounds the ratio by it, not by 1 + it (MiniMax-M1: 5); "
-                f"got None (TRL then takes epsilon, {self.epsilon})"
-            )
+        for name, reason in self.record.requires.items():
+            if getattr(self, name) is None:
+                raise ValueError(f"{name}: {reason.format(**dataclasses.asdict(self))}")
+        mode, modes = self.importance_sampling_mode, self.record.importance_sampling_modes
+        if mode is not None and mode not in modes:
+            expected = " or ".join([", ".join(modes)] * bool(modes) + ["None"])
+            raise ValueError(f"importance_sampling_mode: {self.loss_type} expects {expected}; got {mode!r}")
         low, high = self.importance_sampling_clip_min, self.importance_sampling_clip_max
         if low is not None and high is not None and low > high:
             raise ValueError(
                 f"importance_sampling_clip_min: expected at most importance_sampling_clip_max ({high}); got {low}"
             )
+
+    @property
+    def record(self) -> Loss:
+        """What is known of the loss type."""
+        return LOSSES[self.loss_type]
+
+    def parameter(self, name: str) -> float:
+        """The value of a parameter of the loss type, a field or one of `parameters`."""
+        value: float = self.parameters[name] if name in self.parameters else getattr(self, name)
+        return value
 
     @property
     def upper_epsilon(self) -> float:

@@ -11,23 +11,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from grpo_fast.aggregation import default_normalizer
 from grpo_fast.config import LossConfig
 from grpo_fast.inputs import TokenInputs
-from grpo_fast.objectives import Terms, Tokens, bounded_importance
+from grpo_fast.objectives import Terms, Tokens, bounded_importance, default_normalizer
 
-CLIPPED_TYPES = ("grpo", "bnpo", "dr_grpo", "dapo", "luspo", "ppo_dual", "gmpo")
-
-# name in the vector -> how two values combine
+# Names in the vector, by how two values combine; what a loss notes stands between the sums and the minima.
 _SUMS = (
     "tokens", "sequences", "computed", "bad_rows", "terms", "terms_sum", "terms_count", "bonus", "bonus_sum",
     "bonus_count", "entropy", "kl", "clip_low", "clip_high", "clip_region",
-    "clip_count", "cispo_clipped", "phi", "phi_count", "approx_kl", "sampling_difference", "sampling_count",
+    "clip_count", "computed_sequences", "approx_kl", "sampling_difference", "sampling_count",
     "importance", "importance_count",
 )  # fmt: skip
 _MINS = ("clip_low_min", "importance_min", "ratio_min")
 _MAXS = ("clip_high_max", "importance_max", "ratio_max", "sampling_difference_max")
-_INDEX = {name: i for i, name in enumerate(_SUMS + _MINS + _MAXS)}
+
+
+def _names(config: LossConfig) -> tuple[str, ...]:
+    return (*_SUMS, *config.record.metrics, *_MINS, *_MAXS)
+
+
+def _split(vectors: Tensor) -> tuple[Tensor, ...]:
+    """Sums, minima and maxima of `[..., K]`."""
+    num_sums = vectors.shape[-1] - len(_MINS) - len(_MAXS)
+    return vectors.split([num_sums, len(_MINS), len(_MAXS)], dim=-1)
 
 
 class Metrics:
@@ -55,14 +61,13 @@ class Metrics:
             raise ValueError("parts: expected at least one Metrics; got none")
         if any(part.config != parts[0].config for part in parts):
             raise ValueError("parts: expected Metrics of one LossConfig; got several")
-        stacked = torch.stack([part.vector for part in parts])
-        sums, mins, maxs = stacked.split([len(_SUMS), len(_MINS), len(_MAXS)], dim=1)
+        sums, mins, maxs = _split(torch.stack([part.vector for part in parts]))
         vector = torch.cat([sums.sum(0), mins.amin(0), maxs.amax(0)])
         return Metrics(vector, parts[0].config, corrects=parts[0].corrects)
 
     def all_reduce(self, group: torch.distributed.ProcessGroup | None = None) -> Metrics:
         """The metrics of all ranks together: one sum and one maximum collective."""
-        sums, mins, maxs = (part.clone() for part in self.vector.split([len(_SUMS), len(_MINS), len(_MAXS)]))
+        sums, mins, maxs = (part.clone() for part in _split(self.vector))
         extremes = torch.cat([-mins, maxs])
         torch.distributed.all_reduce(sums, group=group)
         torch.distributed.all_reduce(extremes, op=torch.distributed.ReduceOp.MAX, group=group)
@@ -71,7 +76,7 @@ class Metrics:
 
     def as_dict(self) -> dict[str, float]:
         """Names to numbers; waits for the device once."""
-        values = dict(zip(_INDEX, self.vector.tolist(), strict=True))
+        values = dict(zip(_names(self.config), self.vector.tolist(), strict=True))
 
         def mean(name: str, count: str) -> float:
             return values[name] / max(values[count], 1.0)
@@ -93,16 +98,17 @@ class Metrics:
         }
         if self.config.beta != 0:
             out["kl"] = mean("kl", "tokens")
-        if self.config.loss_type in CLIPPED_TYPES:
+        record = self.config.record
+        if record.clip == "two_sided":
             out["clip_ratio/low_mean"] = mean("clip_low", "clip_count")
             out["clip_ratio/low_min"] = _finite(values["clip_low_min"])
             out["clip_ratio/high_mean"] = mean("clip_high", "clip_count")
             out["clip_ratio/high_max"] = _finite(values["clip_high_max"])
             out["clip_ratio/region_mean"] = mean("clip_region", "clip_count")
-        if self.config.loss_type == "cispo":
-            out["cispo_clip_ratio"] = mean("cispo_clipped", "clip_count")
-        if self.config.loss_type == "vespo":
-            out["vespo/phi_seq_mean"] = mean("phi", "phi_count")
+        elif record.clip == "upper":
+            out["cispo_clip_ratio"] = mean("clip_high", "clip_count")
+        for name, over in record.metrics.items():
+            out[name] = mean(name, "computed" if over == "tokens" else "computed_sequences")
         if self.corrects:
             out["sampling/sampling_logp_difference/mean"] = mean("sampling_difference", "sampling_count")
             out["sampling/sampling_logp_difference/max"] = _finite(values["sampling_difference_max"])
@@ -116,6 +122,14 @@ class Metrics:
 def _finite(value: float) -> float:
     """An extremum over nothing is infinite; report 0."""
     return value if abs(value) != float("inf") else 0.0
+
+
+def clipped(ratio: Tensor, advantages: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
+    """(too low, too high), bool: the ratios beyond the record's bounds on the side that A pushes to."""
+    if config.record.clip == "upper":
+        return torch.zeros_like(ratio, dtype=torch.bool), (ratio > config.upper_epsilon) & (advantages > 0)
+    low = (ratio < 1 - config.epsilon) & (advantages < 0)
+    return low, (ratio > 1 + config.upper_epsilon) & (advantages > 0)
 
 
 @torch.no_grad()
@@ -156,24 +170,20 @@ def collect_metrics(
         shares = per_sequence(flag)
         return total(shares.nan_to_num(nan=0.0), lengths > 0) if at_sequence else (flag & computed).double().sum()
 
-    ratio, advantages = terms.clip_ratio, tokens.advantages
-    low = (ratio < 1 - config.epsilon) & (advantages < 0)
-    high = (ratio > 1 + config.upper_epsilon) & (advantages > 0)
-    low_shares, high_shares = per_sequence(low), per_sequence(high)
     drift = logprobs.new_zeros(()) if tokens.old_logprobs is None else tokens.old_logprobs - logprobs
     known_entropy = torch.zeros_like(logprobs) if entropy is None else entropy
-    numbers = [logprobs, known_entropy, terms.policy, terms.ratio, advantages]
-    numbers += [n for n in (tokens.old_logprobs, tokens.ref_logprobs, terms.importance, terms.phi) if n is not None]
+    numbers = [logprobs, known_entropy, terms.policy, terms.ratio, tokens.advantages]
+    numbers += [n for n in (tokens.old_logprobs, tokens.ref_logprobs, terms.importance) if n is not None]
     finite = torch.stack([n.isfinite() for n in numbers]).all(0)
     if tokens.sampling_logprobs is not None:
         finite &= ~tokens.sampling_logprobs.isinf()  # NaN: not known
     if finite_states is not None:
         finite &= finite_states
     # One ratio for a sequence: what spoils a token's gradient in it spoils all.
-    spoils = None
-    if config.importance_sampling_level == "sequence" or config.loss_type == "gmpo":
+    spoils, record = None, config.record
+    if config.importance_sampling_level == "sequence" or record.couples == "sequence":
         spoils = ~finite
-    elif config.loss_type == "vespo":  # its log ratios are clamped: only what is no number gets into the product
+    elif record.couples == "clamped_sequence":  # only what is no number gets past the clamps
         spoils = terms.ratio.isnan() if terms.importance is None else terms.ratio.isnan() | terms.importance.isnan()
     if spoils is not None:
         finite &= segments.spread(segments.sum(computed & spoils) == 0)
@@ -184,24 +194,28 @@ def collect_metrics(
         "bad_rows": (computed & ~finite).sum(),
         "entropy": total(known_entropy, computed),
         "kl": total(torch.zeros_like(logprobs) if terms.kl is None else terms.kl, computed),
-        "clip_low": flagged(low),
-        "clip_high": flagged(high),
-        "clip_region": flagged(low | high),
-        "clip_count": lengths.new_full((), segments.num_sequences) if at_sequence else loss_mask.sum(),
-        "cispo_clipped": flagged((terms.ratio > config.upper_epsilon) & (advantages > 0)),
-        "phi": logprobs.new_zeros(()) if terms.phi is None else segments.mean(terms.phi, computed).double().sum(),
-        "phi_count": (segments.sum(computed) > 0).sum(),
+        "computed_sequences": (segments.sum(computed) > 0).sum(),
         "approx_kl": total((drift.exp() - drift - 1).expand_as(logprobs), computed),
-        "clip_low_min": extreme(low_shares, lengths > 0, largest=False),
         "ratio_min": extreme(terms.ratio, computed, largest=False),
-        "clip_high_max": extreme(high_shares, lengths > 0, largest=True),
         "ratio_max": extreme(terms.ratio, computed, largest=True),
+        "clip_count": lengths.new_full((), segments.num_sequences) if at_sequence else loss_mask.sum(),
     }
+    if record.clip == "two_sided":
+        low, high = clipped(terms.clip_ratio, tokens.advantages, config)
+        values |= {"clip_low": flagged(low), "clip_high": flagged(high), "clip_region": flagged(low | high)}
+        values["clip_low_min"] = extreme(per_sequence(low), lengths > 0, largest=False)
+        values["clip_high_max"] = extreme(per_sequence(high), lengths > 0, largest=True)
+    elif record.clip == "upper":
+        values["clip_high"] = flagged(clipped(terms.ratio, tokens.advantages, config)[1])
+    for name, over in record.metrics.items():
+        noted = terms.noted[name]
+        values[name] = total(noted, computed) if over == "tokens" else segments.mean(noted, computed).double().sum()
     values |= _loss_parts(known_entropy, terms, inputs, config)
     values |= _sampling_metrics(logprobs, terms, tokens, inputs, config)
     neutral = dict.fromkeys(_SUMS, 0.0) | dict.fromkeys(_MINS, float("inf")) | dict.fromkeys(_MAXS, -float("inf"))
-    neutrals = {name: logprobs.new_full((), neutral[name]) for name in _INDEX if name not in values}
-    vector = torch.stack([(values | neutrals)[name].double() for name in _INDEX])
+    names = _names(config)
+    neutrals = {name: logprobs.new_full((), neutral[name]) for name in names if name not in values}
+    vector = torch.stack([(values | neutrals)[name].double() for name in names])
     return Metrics(vector, config, corrects=tokens.sampling_logprobs is not None)
 
 

@@ -1,35 +1,31 @@
-"""The GRPO family, one definition per objective: from log-probabilities to per-token loss terms.
+"""From log-probabilities to the loss: ratio, corrections and masks around a loss's term, its weights and its sum.
 
 Legend: T packed tokens, S sequences. p `logprobs` of the current policy, o `old_logprobs`, r = p - o, A `advantages`,
-w the ratio at the configured level, sg stop-gradient, L_s unmasked tokens of sequence s. All tensors are `[T]` float32
-(float64 in, float64 out) unless said otherwise; logs are natural (nats).
+w the ratio at the configured level, sg stop-gradient, m mask, L_s unmasked tokens of sequence s, C
+`max_completion_length`. All tensors are `[T]` float32 (float64 in, float64 out) unless said otherwise; logs are natural
+(nats).
 
-The loss is  sum_t weight_t * term_t  -  entropy_coef * mean entropy,  with term_t from `objective` and weight_t from
-`grpo_fast.aggregation`. The order within a term (TRL 1.16's): policy term x off-policy mask x entropy mask x importance
-weight (not for vespo), then + beta * KL. Derivatives are left to autograd: everything here is O(T).
-
-To add a loss type: a function here, a row in `POLICY_TERMS`, its aggregation, its twin in `reference.py` and in the
-device code, a row in the test matrix.
+The loss is  sum_t weight_t * term_t  -  entropy_coef * mean entropy.  The order within a term (TRL 1.16's): policy term
+(`grpo_fast.losses`) x off-policy mask x entropy mask x importance weight (unless the term reads it), then + beta * KL.
+Weights depend on masks only. Derivatives are left to autograd: everything here is O(T).
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from grpo_fast.config import LossConfig
+from grpo_fast.losses import LOSSES, TermInputs, clamp
 from grpo_fast.packing import Segments
-
-LOG_RATIO_LIMIT = 20.0
-"""vespo clamps log ratios to it: e^20 is still far from overflow in float32."""
-LOG_RATIO_FLOOR = math.log(1e-8)
 
 
 @dataclass
@@ -62,6 +58,23 @@ class Tokens:
         """`function` of each optional `[T]` tensor, by name; None stays None."""
         names = ("old_logprobs", "ref_logprobs", "sampling_logprobs", "importance")
         return {n: None if getattr(self, n) is None else function(getattr(self, n)) for n in names}
+
+    def masked(self, mask: Tensor) -> Tokens:
+        """Only those of `mask` `[T]` unmasked; the rest must not reach an exponential."""
+        return replace(self, mask=mask, **self.optional(lambda values: torch.where(mask, values, 0.0)))
+
+    def to_wire(self) -> list[Tensor | None]:
+        """The tokens as an operator's argument; what spans more than a sequence stays behind."""
+        known = (self.advantages, self.mask, self.segments.cu_seqlens, self.bonus_count)
+        return [*known, *self.optional(lambda values: values).values()]
+
+    @staticmethod
+    def from_wire(tensors: Sequence[Tensor | None]) -> Tokens:
+        """What `to_wire` was asked of."""
+        advantages, mask, cu_seqlens, bonus_count = (tensor for tensor in tensors[:4] if tensor is not None)
+        old, ref, sampling, importance = tensors[4:]
+        segments = Segments(cu_seqlens, mask.numel())
+        return Tokens(advantages, mask, segments, bonus_count, old, ref, sampling, importance)
 
     def rows(self, rows: Tensor, row_counts: list[int] | None) -> Tokens:
         """The tokens `rows` `[n]`, the unmasked ones.
@@ -108,59 +121,16 @@ class Terms:
         clip_ratio: `[T]` the ratio after `delta`, from which TRL counts clipped tokens.
         kl: `[T]` KL to the reference, or None.
         importance: `[T]` importance weight of the train/inference correction, or None.
-        phi: `[T]` vespo's sequence weight, or None.
+        noted: `[T]` quantities by the names of the loss's metrics.
     """
 
     policy: Tensor
     entropy_weights: Tensor
     ratio: Tensor
     clip_ratio: Tensor
-    kl: Tensor | None = None
-    importance: Tensor | None = None
-    phi: Tensor | None = None
-
-
-@dataclass
-class _Context:
-    """The quantities a policy term may use."""
-
-    logprobs: Tensor
-    log_w: Tensor
-    ratio: Tensor
-    log_ratio: Tensor
+    kl: Tensor | None
     importance: Tensor | None
-    tokens: Tokens
-    config: LossConfig
-
-    @property
-    def advantages(self) -> Tensor:
-        return self.tokens.advantages
-
-    @property
-    def capped_ratio(self) -> Tensor:
-        """min(w, delta)."""
-        return clamp(self.ratio, high=self.config.delta)
-
-
-# -- clamps ---------------------------------------------------------------------------------------------------------
-
-
-def clamp(values: Tensor, low: float | Tensor | None = None, high: float | Tensor | None = None) -> Tensor:
-    """`values` limited to [low, high]; a value inside or on a bound passes its gradient whole, one outside none.
-
-    torch's own clamp did that up to 2.13; in 2.14 a value on a bound gets nothing, on a tensor's bound half. On-policy
-    ratios are exactly 1, so epsilon = 0 and delta = 1 are met by every token of a first step: the rule is our own, the
-    one of `csrc/objective.h` and `kernels/objective.py`.
-
-    Args:
-        values: any shape; NaN stays NaN.
-        low, high: None (no bound), a number, or a 0-dim tensor that needs no gradient.
-    """
-    if low is not None:
-        values = torch.where(values < low, low, values)
-    if high is not None:
-        values = torch.where(values > high, high, values)
-    return values
+    noted: dict[str, Tensor]
 
 
 # -- which rows an objective couples --------------------------------------------------------------------------------
@@ -176,7 +146,7 @@ def couples_tokens(config: LossConfig, *, has_old: bool) -> bool:
     sequence_correction = (config.importance_sampling_mode or "").startswith("sequence") and not has_old
     return (
         config.importance_sampling_level != "token"
-        or config.loss_type in ("vespo", "gmpo")
+        or config.record.couples != "nothing"
         or config.off_policy_mask_threshold is not None
         or sequence_correction
         or couples_sequences(config)
@@ -188,7 +158,7 @@ def reads_sampling(config: LossConfig) -> bool:
     return (
         config.importance_sampling_mode is not None
         or config.off_policy_mask_threshold is not None
-        or config.loss_type == "dppo"
+        or "sampling_logprobs" in config.record.reads
     )
 
 
@@ -197,10 +167,16 @@ def needs_every_row(config: LossConfig) -> bool:
     return (
         config.beta != 0
         or config.entropy_coef != 0
-        or config.loss_type == "dppo"  # its regulariser does not multiply the advantage
+        or config.record.beside_advantage is not None
         or couples_sequences(config)
         or config.all_token_metrics
     )
+
+
+def slope_beside_advantage(config: LossConfig) -> float:
+    """The weight of what does not multiply the advantage: the KL, and a regulariser in the loss's own term."""
+    name = config.record.beside_advantage
+    return config.beta + (0.0 if name is None else config.parameter(name))
 
 
 # -- the ratio, the corrections and the masks -----------------------------------------------------------------------
@@ -291,111 +267,6 @@ def kl_divergence(logprobs: Tensor, ref_logprobs: Tensor, estimator: str) -> Ten
     return difference.exp() - difference - 1
 
 
-# -- policy terms ---------------------------------------------------------------------------------------------------
-
-
-def clipped_term(c: _Context) -> Tensor:
-    """-min(min(w, delta) A, clip(w, 1 - eps_low, 1 + eps_high) A)   (PPO; Schulman et al., 2017)."""
-    clipped = clamp(c.ratio, 1 - c.config.epsilon, 1 + c.config.upper_epsilon)
-    return -torch.min(c.capped_ratio * c.advantages, clipped * c.advantages)
-
-
-def cispo_term(c: _Context) -> Tensor:
-    """-sg(min(w, eps_high)) A p   (MiniMax-M1, 2025)."""
-    return -clamp(c.ratio, high=c.config.upper_epsilon).detach() * c.advantages * c.logprobs
-
-
-def sapo_term(c: _Context) -> Tensor:
-    """-A sigmoid(tau (w - 1)) 4 / tau, tau by the sign of A   (SAPO, 2025)."""
-    tau = _choose(c.advantages > 0, c.config.sapo_temperature_pos, c.config.sapo_temperature_neg, c.ratio)
-    return -torch.sigmoid(tau * (c.ratio - 1)) * 4 / tau * c.advantages
-
-
-def vespo_phi(c: _Context) -> Tensor:
-    """phi = sg exp(lambda + k log W - lambda W), W the product of the sequence's ratios, clamped   (VESPO, 2026)."""
-    with torch.no_grad():
-        terms = clamp(c.log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-        if c.importance is not None:
-            terms = terms + clamp(c.importance.log(), LOG_RATIO_FLOOR, LOG_RATIO_LIMIT)
-        total = c.tokens.segments.sum(torch.where(c.tokens.mask, terms, 0.0))
-        log_w = clamp(c.tokens.segments.spread(total), LOG_RATIO_FLOOR, LOG_RATIO_LIMIT)
-        positive = c.advantages >= 0
-        k = _choose(positive, c.config.vespo_k_pos, c.config.vespo_k_neg, log_w)
-        rate = clamp(_choose(positive, c.config.vespo_lambda_pos, c.config.vespo_lambda_neg, log_w), low=1e-4)
-        phi = (rate + k * log_w - rate * log_w.exp()).exp()
-        return phi.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
-
-
-def vespo_term(c: _Context) -> Tensor:
-    """-phi A p."""
-    return -vespo_phi(c) * c.advantages * c.logprobs
-
-
-def gmpo_term(c: _Context) -> Tensor:
-    """-A exp(mean over the sequence of r, clipped on the side that A overshoots)   (GMPO, 2025).
-
-    The geometric mean of the ratios belongs to the sequence; each token carries it with weight 1 / L_s.
-    """
-    upper = clamp(c.log_ratio, high=math.log1p(c.config.upper_epsilon))
-    lower = clamp(c.log_ratio, low=math.log1p(-c.config.epsilon) if c.config.epsilon < 1 else None)
-    segments, mask = c.tokens.segments, c.tokens.mask
-    sequence_advantage = segments.spread(segments.mean(c.advantages, mask))
-    clipped = torch.where(sequence_advantage > 0, upper, torch.where(sequence_advantage < 0, lower, c.log_ratio))
-    return -sequence_advantage * segments.spread(segments.mean(clipped, mask)).exp()
-
-
-def dppo_term(c: _Context) -> Tensor:
-    """-A w, dropped where pi - mu leaves the trust region on A's side, + coef (log w)^2   (DPPO, 2026)."""
-    behaviour = _behaviour(c)
-    gap = c.logprobs.detach().exp() - behaviour.exp()
-    limit = c.config.dppo_threshold
-    drop = ((gap > limit) & (c.advantages > 0)) | ((gap < -limit) & (c.advantages <= 0))
-    return torch.where(drop, 0.0, -c.advantages * c.ratio) + c.config.dppo_log_ratio_coef * c.log_w.square()
-
-
-def ppo_dual_term(c: _Context) -> Tensor:
-    """The clipped term, for A < 0 bounded: -max(min(w A, clip(w) A), c A)   (Ye et al., 2020)."""
-    clipped = clipped_term(c)
-    return torch.where(c.advantages < 0, torch.min(clipped, -c.config.dual_clip * c.advantages), clipped)
-
-
-def reinforce_term(c: _Context) -> Tensor:
-    """-A p   (Williams, 1992; with leave-one-out advantages: RLOO)."""
-    return -c.advantages * c.logprobs
-
-
-POLICY_TERMS: dict[str, Callable[[_Context], Tensor]] = {
-    "grpo": clipped_term,
-    "bnpo": clipped_term,
-    "dr_grpo": clipped_term,
-    "dapo": clipped_term,
-    "luspo": clipped_term,
-    "cispo": cispo_term,
-    "sapo": sapo_term,
-    "vespo": vespo_term,
-    "gmpo": gmpo_term,
-    "dppo": dppo_term,
-    "ppo_dual": ppo_dual_term,
-    "reinforce": reinforce_term,
-    "rloo": reinforce_term,
-}
-
-
-def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
-    """One of two constants a token, in the dtype of `like` (torch.where alone would round them to float32)."""
-    return torch.where(condition, like.new_full((), yes), like.new_full((), no))
-
-
-def _behaviour(c: _Context) -> Tensor:
-    """Log-probabilities of the policy that sampled: the engine's own, else the old policy's.
-
-    Where the engine does not know (NaN), the current policy's: no evidence of a difference.
-    """
-    current = c.logprobs.detach()
-    behaviour = c.tokens.old_logprobs if c.tokens.sampling_logprobs is None else c.tokens.sampling_logprobs
-    return current if behaviour is None else torch.where(behaviour.isnan(), current, behaviour)
-
-
 # -- the whole term -------------------------------------------------------------------------------------------------
 
 
@@ -413,11 +284,30 @@ def objective(logprobs: Tensor, entropy: Tensor | None, tokens: Tokens, config: 
     log_w = log_importance_ratio(log_ratio, logprobs, tokens, config.importance_sampling_level)
     ratio = log_w.exp()
     importance = importance_weight(old.detach(), tokens, config) if tokens.importance is None else tokens.importance
-    context = _Context(logprobs, log_w, ratio, log_ratio, importance, tokens, config)
+    record = config.record
+    inputs = TermInputs(
+        logprobs=logprobs,
+        log_ratio=log_ratio,
+        log_w=log_w,
+        ratio=ratio,
+        advantages=tokens.advantages,
+        mask=tokens.mask,
+        segments=tokens.segments,
+        importance=importance,
+        old_logprobs=tokens.old_logprobs,
+        sampling_logprobs=tokens.sampling_logprobs,
+        config=config,
+    )
 
-    policy = POLICY_TERMS[config.loss_type](context)
+    policy = record.term(inputs)
+    if policy.shape != logprobs.shape or inputs.noted.keys() != record.metrics.keys():
+        raise ValueError(
+            f"{record.name}: expected a term of shape {list(logprobs.shape)} that notes {list(record.metrics)}; "
+            f"got {list(policy.shape)} and {list(inputs.noted)}"
+        )
     if config.off_policy_mask_threshold is not None:
-        kept = off_policy_mask(logprobs.detach(), _behaviour(context), tokens, config.off_policy_mask_threshold)
+        behaviour = inputs.behaviour_logprobs
+        kept = off_policy_mask(logprobs.detach(), behaviour, tokens, config.off_policy_mask_threshold)
         policy = torch.where(kept, policy, 0.0)
     bonus_mask, bonus_count = tokens.mask, tokens.bonus_count
     if config.top_entropy_quantile < 1.0:
@@ -427,7 +317,7 @@ def objective(logprobs: Tensor, entropy: Tensor | None, tokens: Tokens, config: 
         if not tokens.bonus_count_given:
             bonus_count = bonus_mask.sum().clamp(min=1)
         policy = torch.where(bonus_mask, policy, 0.0)
-    if importance is not None and config.loss_type != "vespo":
+    if importance is not None and "importance" not in record.reads:
         policy = policy * importance
 
     kl = None
@@ -441,10 +331,10 @@ def objective(logprobs: Tensor, entropy: Tensor | None, tokens: Tokens, config: 
         policy=torch.where(tokens.mask, policy, 0.0),
         entropy_weights=bonus_mask.to(logprobs.dtype) / bonus_count,
         ratio=ratio.detach(),
-        clip_ratio=context.capped_ratio.detach(),
+        clip_ratio=inputs.capped_ratio.detach(),
         kl=None if kl is None else kl.detach(),
         importance=importance,
-        phi=vespo_phi(context) if config.loss_type == "vespo" else None,
+        noted=inputs.noted,
     )
 
 
@@ -455,3 +345,106 @@ def total_loss(terms: Terms, entropy: Tensor | None, weights: Tensor, config: Lo
         assert entropy is not None
         loss = loss - config.entropy_coef * (terms.entropy_weights * entropy).sum()
     return loss
+
+
+# -- weights ----------------------------------------------------------------------------------------------------------
+
+
+def aggregation_name(config: LossConfig) -> str:
+    """What is summed or averaged over what: "sequence_mean", "sequence_sum" or "token_mean"."""
+    aggregation = config.record.aggregation
+    return "sequence_sum" if aggregation == "constant_length" else aggregation
+
+
+def default_normalizer(config: LossConfig, mask: Tensor, segments: Segments) -> Tensor:
+    """The denominator that `normalizer` replaces, where it is at least 1: S, sum of m, or S * C. 0-dim."""
+    if config.record.aggregation == "token_mean":
+        return mask.sum()
+    denominator = segments.num_sequences * sequence_share(config)
+    return torch.full((), denominator, device=mask.device)  # a fill: copying a number over would wait for a GPU
+
+
+def sequence_share(config: LossConfig) -> int:
+    """What one sequence adds to a denominator that counts sequences: 1, or C."""
+    if config.record.aggregation != "constant_length":
+        return 1
+    assert config.max_completion_length is not None
+    return config.max_completion_length
+
+
+def token_weights(
+    config: LossConfig, mask: Tensor, segments: Segments, normalizer: Tensor | float | None, dtype: torch.dtype
+) -> Tensor:
+    """Weight of each token's term in the loss, `[T]`, 0 where masked.
+
+    - sequence_mean: m / (max(L_s, 1) S), the mean over sequences of the mean over tokens
+    - sequence_sum: m / S
+    - constant_length: m / (S C)
+    - token_mean: m / max(sum of m, 1)
+
+    Args:
+        mask: `[T]` bool.
+        normalizer: replaces the last denominator (S, S C or sum of m): the whole optimiser step's count where the
+            step is split into micro-batches.
+    """
+    if normalizer is None:
+        normalizer = default_normalizer(config, mask, segments).clamp(min=1)
+    weights = mask.to(dtype) / normalizer
+    if config.record.aggregation == "sequence_mean":
+        lengths = segments.sum(mask).clamp(min=1).to(dtype)
+        weights = weights / segments.spread(lengths)
+    return weights
+
+
+# -- objectives in the kernels' terms ---------------------------------------------------------------------------------
+
+
+_KERNEL_PARAMETERS = tuple(p.name for loss in LOSSES.values() if loss.kernel is not None for p in loss.parameters)
+
+
+class KernelObjective(NamedTuple):
+    """A token-local objective: what is compiled, and numbers by name (a bound that is not there is infinite).
+
+    What a trainer changes from call to call (the bonus's weight and count) is not among it, so that few of these live.
+    `correction`, the train/inference weight: "none", "weight" (known beforehand), "token_truncate" or "token_mask".
+    """
+
+    policy: str
+    kl: str
+    kl_times_ratio: bool
+    correction: str
+    parameters: tuple[tuple[str, float], ...]
+
+
+def kernel_objective(config: LossConfig, tokens: Tokens) -> KernelObjective | None:
+    """The objective of tokens like these; None if it couples them or if no kernel has its term."""
+    if config.record.kernel is None or couples_tokens(config, has_old=tokens.old_logprobs is not None):
+        return None
+    if tokens.importance is not None:
+        return _kernel_objective(config, "weight")
+    mode = None if tokens.sampling_logprobs is None else config.importance_sampling_mode
+    return _kernel_objective(config, mode or "none")
+
+
+@lru_cache(maxsize=64)
+def _kernel_objective(config: LossConfig, correction: str) -> KernelObjective:
+    low, high, delta = config.importance_sampling_clip_min, config.importance_sampling_clip_max, config.delta
+    parameters = {
+        "clip_low": 1.0 - config.epsilon,
+        "clip_high": 1.0 + config.upper_epsilon,
+        "clip_bound": config.upper_epsilon,
+        "delta": math.inf if delta is None else delta,
+        "beta": config.beta,
+        "importance_min": -math.inf if low is None else low,
+        "importance_max": math.inf if high is None else high,
+    }
+    parameters |= {name: getattr(config, name) for name in _KERNEL_PARAMETERS}
+    policy = config.record.kernel
+    assert policy is not None
+    return KernelObjective(
+        policy=policy,
+        kl=config.kl_estimator if config.beta else "none",
+        kl_times_ratio=config.use_bias_correction_kl,
+        correction=correction,
+        parameters=tuple(parameters.items()),
+    )

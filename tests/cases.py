@@ -15,6 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from grpo_fast.losses import LOSS_TYPES, LOSSES
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 """Whether Triton kernels run on the CPU, by its interpreter."""
 BACKENDS = ("triton",) if INTERPRETED else ("cpu", "torch")
@@ -118,7 +120,7 @@ class Case:
         needs_sampling = (
             get("importance_sampling_mode", None) is not None
             or get("off_policy_mask_threshold", None) is not None
-            or get("loss_type", "dapo") == "dppo"
+            or "sampling_logprobs" in LOSSES[get("loss_type", "dapo")].reads
         )
         return {
             "cu_seqlens": self.cu_seqlens,
@@ -261,20 +263,9 @@ def padded(case: Case, *, fill_hidden: float = 7.0, fill_target: int = 0, fill_l
 
 # -- objective matrix -------------------------------------------------------------------------------------------------
 
+_REQUIRED = {"max_completion_length": 24, "epsilon_high": 1.25}
 _LOSS_TYPES: dict[str, dict[str, Any]] = {
-    "grpo": {},
-    "bnpo": {},
-    "dr_grpo": {"max_completion_length": 24},
-    "dapo": {},
-    "luspo": {},
-    "cispo": {"epsilon_high": 1.25},
-    "sapo": {},
-    "vespo": {},
-    "gmpo": {},
-    "dppo": {},
-    "ppo_dual": {},
-    "reinforce": {},
-    "rloo": {},
+    name: {option: _REQUIRED[option] for option in LOSSES[name].requires} for name in LOSS_TYPES
 }
 _LEVELS = ("token", "sequence", "sequence_token")
 _KL: dict[str, dict[str, Any]] = {
@@ -327,7 +318,8 @@ def objective_rows() -> list[tuple[str, ...]]:
     for i, loss_type in enumerate(_LOSS_TYPES):
         for j in range(6):
             correction = (3 * i + j) % 5
-            if loss_type == "vespo" and correction > 2:  # it takes token-level corrections only
+            mode = list(_CORRECTIONS.values())[correction].get("importance_sampling_mode")
+            if mode not in (None, *LOSSES[loss_type].importance_sampling_modes):  # vespo takes those of tokens only
                 correction -= 2
             names = [list(axis) for axis in list(AXES.values())[1:]]
             strides = (2 * j % 3, (3 * i + 2 * j) % 5, correction, (3 * i + 3 * j) % 4, (2 * i + 3 * j) % 4)

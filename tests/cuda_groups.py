@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from grpo_fast.aggregation import token_weights
 from grpo_fast.config import LossConfig
+from grpo_fast.objectives import token_weights
 from grpo_fast.packing import Segments
 from tests.cases import Case, rel_rms
 

@@ -73,7 +73,7 @@ MUTANTS = (
     Mutant(
         "clip-ratio-before-delta",
         "grpo_fast/objectives.py",
-        "clip_ratio=context.capped_ratio.detach()",
+        "clip_ratio=inputs.capped_ratio.detach()",
         "clip_ratio=ratio.detach()",
     ),
     Mutant(
@@ -83,18 +83,21 @@ MUTANTS = (
         "(ratio < 1 - config.epsilon)",
     ),
     Mutant(
-        "bad-rows-by-value-alone", "grpo_fast/metrics.py", "entropy, terms.policy, terms.ratio, advantages]", "entropy]"
+        "bad-rows-by-value-alone",
+        "grpo_fast/metrics.py",
+        "entropy, terms.policy, terms.ratio, tokens.advantages]",
+        "entropy]",
     ),
     Mutant("kl-over-computed", "grpo_fast/metrics.py", 'mean("approx_kl", "computed")', 'mean("approx_kl", "tokens")'),
     # Objectives and aggregation.
     Mutant("quantile-rounds-down", "grpo_fast/objectives.py", "position.ceil()", "position.floor()"),
     Mutant(
         "gmpo-clips-both-sides-above",
-        "grpo_fast/objectives.py",
+        "grpo_fast/losses.py",
         "sequence_advantage < 0, lower",
         "sequence_advantage < 0, upper",
     ),
-    Mutant("sapo-temperature-of-zero", "grpo_fast/objectives.py", "tau * (c.ratio - 1)", "tau * c.ratio"),
+    Mutant("sapo-temperature-of-zero", "grpo_fast/losses.py", "tau * (c.ratio - 1)", "tau * c.ratio"),
     Mutant(
         "off-policy-strict",
         "grpo_fast/objectives.py",
@@ -104,34 +107,34 @@ MUTANTS = (
     Mutant("importance-on-kl", "grpo_fast/objectives.py", "kl = kl * ratio\n", "kl = kl * ratio.detach()\n"),
     Mutant(
         "unknown-sampling-is-far",
-        "grpo_fast/objectives.py",
+        "grpo_fast/losses.py",
         "torch.where(behaviour.isnan(), current, behaviour)",
         "behaviour.nan_to_num(nan=0.0)",
     ),
     Mutant("gspo-token-flows-to-mean", "grpo_fast/objectives.py", "spread(mean.detach())", "spread(mean)"),
     Mutant(
         "sapo-sequence-mean-forgotten",
-        "grpo_fast/aggregation.py",
-        'SEQUENCE_MEAN = ("grpo", "sapo", "gmpo")',
-        'SEQUENCE_MEAN = ("grpo", "gmpo")',
+        "grpo_fast/losses.py",
+        'arXiv:2511.20347",\n    aggregation="sequence_mean"',
+        'arXiv:2511.20347",\n    aggregation="sequence_sum"',
     ),
     Mutant(
         "vespo-token-local",
-        "grpo_fast/objectives.py",
-        'config.loss_type in ("vespo", "gmpo")',
-        'config.loss_type in ("gmpo",)',
+        "grpo_fast/losses.py",
+        'couples="clamped_sequence"',
+        'couples="nothing"',
     ),
     Mutant(
         "dppo-skips-zero-advantages",
-        "grpo_fast/objectives.py",
-        'or config.loss_type == "dppo"  # its',
-        "or False  # its",
+        "grpo_fast/losses.py",
+        'beside_advantage="dppo_log_ratio_coef"',
+        "beside_advantage=None",
     ),
     # Rows.
     Mutant(
         "vespo-rows-of-zero-weight",
         "grpo_fast/rows.py",
-        'is not None and config.loss_type != "vespo":',
+        'is not None and "importance" not in config.record.reads:',
         "is not None:",
         MANY,
     ),

@@ -18,7 +18,7 @@ from torch import Tensor
 from grpo_fast.backends.base import get_backend
 from grpo_fast.loss import HeadConfig, LossConfig, grpo_loss, token_logprobs
 from grpo_fast.objectives import couples_tokens
-from grpo_fast.ops.planner import row_budget
+from grpo_fast.ops.call import row_budget
 from grpo_fast.reference import reference_logprobs
 from tests.cases import OBJECTIVES, TOLERANCES, Case, assert_close, make_case, objective_kwargs, objective_rows, rel_rms
 from tests.places import GPU_PLACES, PLACES, STAND_IN, TILE, Place, place_of

@@ -329,5 +329,5 @@ def test_bad_lists_weights_names_and_modules(tmp_path, monkeypatch):
     (tmp_path / "loose.py").write_text("def f(**_): return []")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
-    with pytest.raises(RewardError, match=r"for a file that is not installed write loose\.py:f"):
+    with pytest.raises(RewardError, match=r"for a file that is not installed write loose\.py"):
         build_rewards([_reward("loose:f")])

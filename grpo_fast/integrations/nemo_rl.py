@@ -12,7 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-from grpo_fast.aggregation import TOKEN_MEAN
 from grpo_fast.config import LossConfig
 from grpo_fast.loss import policy_loss
 from grpo_fast.objectives import reads_sampling
@@ -26,10 +25,11 @@ class GRPOFastLoss:
     """
 
     def __init__(self, config: LossConfig = LossConfig()) -> None:
-        if config.loss_type == "dr_grpo":
-            raise ValueError("loss_type: expected one that averages over NeMo-RL's tokens or sequences; got 'dr_grpo'")
+        if config.record.aggregation == "constant_length":
+            expected = "one that averages over NeMo-RL's tokens or sequences"
+            raise ValueError(f"loss_type: expected {expected}; got {config.loss_type!r}")
         self.config = config
-        self.token_level = config.loss_type in TOKEN_MEAN
+        self.token_level = config.record.aggregation == "token_mean"
 
     @property
     def loss_type(self) -> Any:

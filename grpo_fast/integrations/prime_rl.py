@@ -14,10 +14,10 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from grpo_fast.aggregation import TOKEN_MEAN
 from grpo_fast.config import LossConfig
 from grpo_fast.integrations.terms import masked_mean
 from grpo_fast.loss import policy_loss
+from grpo_fast.losses import LOSSES
 
 
 def loss(inputs: Any, **options: Any) -> Any:
@@ -32,8 +32,8 @@ def loss(inputs: Any, **options: Any) -> Any:
         ValueError: an option `LossConfig` does not take, or a loss type that does not average over tokens.
     """
     config = LossConfig(**options)
-    if config.loss_type not in TOKEN_MEAN:
-        known = ", ".join(TOKEN_MEAN)
+    if config.record.aggregation != "token_mean":
+        known = ", ".join(name for name, record in LOSSES.items() if record.aggregation == "token_mean")
         raise ValueError(f"loss_type: expected one of {known}, as prime-rl divides by tokens; got {config.loss_type!r}")
     if getattr(inputs, "loss_weights", None) is not None:
         raise ValueError("loss_weights: expected None, as the objectives have no weights a token; got a tensor")

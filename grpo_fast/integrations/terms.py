@@ -10,6 +10,7 @@ from torch import Tensor
 
 from grpo_fast.config import LossConfig
 from grpo_fast.loss import policy_terms
+from grpo_fast.metrics import clipped
 from grpo_fast.objectives import Terms
 
 
@@ -56,9 +57,6 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
 def clipped_share(terms: Terms, advantages: Tensor, mask: Tensor, config: LossConfig) -> Tensor:
     """The share of unmasked tokens whose ratio is out of [1 - epsilon, 1 + epsilon_high] on the side that A pushes; for
     cispo, which has one bound, those above epsilon_high itself."""
-    ratio, sign = terms.ratio.reshape(mask.shape), advantages.sign()
-    if config.loss_type == "cispo":
-        out = (ratio > config.upper_epsilon) & (sign > 0)
-    else:
-        out = ((ratio < 1 - config.epsilon) & (sign < 0)) | ((ratio > 1 + config.upper_epsilon) & (sign > 0))
-    return masked_mean(out.to(ratio.dtype), mask)
+    ratio = terms.ratio.reshape(mask.shape)
+    low, high = clipped(ratio, advantages, config)
+    return masked_mean((low | high).to(ratio.dtype), mask)

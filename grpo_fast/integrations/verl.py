@@ -27,6 +27,7 @@ from grpo_fast.config import LossConfig
 from grpo_fast.integrations.terms import clipped_share, masked_mean, token_terms
 from grpo_fast.integrations.versions import require
 from grpo_fast.loss import token_logprobs
+from grpo_fast.losses import LOSSES
 
 logger = logging.getLogger("grpo_fast")
 
@@ -76,7 +77,7 @@ def loss_config(name: str, actor: Any) -> LossConfig:
     return LossConfig(
         **options,
         epsilon=low,
-        epsilon_high=1 + high if options["loss_type"] == "cispo" else high,
+        epsilon_high=1 + high if LOSSES[options["loss_type"]].clip == "upper" else high,
         dual_clip=actor.clip_ratio_c,
         sapo_temperature_pos=actor.tau_pos,
         sapo_temperature_neg=actor.tau_neg,

@@ -227,6 +227,8 @@ class TrainConfig:
 
     output_dir: str = "???"
     """Folder that takes metrics, plot, checkpoints and the exported model."""
+    plugins: list[str] = field(default_factory=list)
+    """Files (path/to/file.py) or modules that run before the rest is read, so that losses they register are known."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     rewards: list[RewardConfig] = field(default_factory=list)

@@ -14,6 +14,7 @@ from typing import Any
 from grpo_fast.config import LossConfig
 from grpo_fast.trainer.config import RewardConfig, TrainConfig
 from grpo_fast.trainer.errors import ConfigError
+from grpo_fast.trainer.modules import load_module
 
 _FOLLOWS_ROLLOUT = ("temperature", "max_completion_length")
 """Options of the loss that are the rollout's unless set."""
@@ -61,6 +62,7 @@ def config_from_dict(values: dict[str, Any], overrides: Sequence[str] = ()) -> T
 def as_dict(config: TrainConfig) -> dict[str, Any]:
     """The config as nested dicts that `config_from_dict` reads back, without what follows from other options."""
     values = dataclasses.asdict(config)
+    values["loss"]["parameters"] = dict(config.loss.parameters)  # OmegaConf takes plain dicts only
     for name in _FOLLOWS_ROLLOUT:
         if values["loss"][name] == values["rollout"][name]:
             del values["loss"][name]
@@ -122,6 +124,7 @@ def _build(given: Any, overrides: Sequence[str]) -> TrainConfig:
         # OmegaConf makes frozen dataclasses (LossConfig) read-only; the recipe is what fills them.
         OmegaConf.set_readonly(schema.loss, False)
         _check_rewards(given)
+        _load_plugins(given)
         merged = OmegaConf.merge(schema, given)
         _follow_rollout(merged, given)
         return typing.cast(TrainConfig, OmegaConf.to_object(merged))
@@ -157,6 +160,16 @@ def _apply_override(given: Any, override: str) -> None:
     parsed = OmegaConf.to_container(OmegaConf.from_dotlist(["value=" + override[len(key) + 1 :]]))
     value = typing.cast(dict[str, Any], parsed)["value"]
     OmegaConf.update(given, key.strip(), value, merge=True, force_add=True)
+
+
+def _load_plugins(given: Any) -> None:
+    """Run the recipe's own Python: losses that it registers are known from here on."""
+    plugins = given.get("plugins") or []
+    try:
+        for name in [plugins] if isinstance(plugins, str) else plugins:
+            load_module(str(name))
+    except ImportError as error:
+        raise ConfigError(f"plugins: {error}") from error
 
 
 def _check_rewards(given: Any) -> None:

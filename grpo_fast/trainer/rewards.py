@@ -15,19 +15,13 @@ import asyncio
 import concurrent.futures
 import contextlib
 import functools
-import hashlib
-import importlib
-import importlib.util
 import inspect
 import math
 import numbers
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -36,6 +30,7 @@ from grpo_fast.trainer.builtin_rewards import BUILTIN_REWARDS
 from grpo_fast.trainer.config import RewardConfig
 from grpo_fast.trainer.errors import RewardError
 from grpo_fast.trainer.examples import RESERVED_COLUMNS, nearest
+from grpo_fast.trainer.modules import load_module
 
 
 def build_rewards(configs: Sequence[RewardConfig]) -> RewardSet:
@@ -257,42 +252,16 @@ def _find(target: str, where: str) -> Callable[..., Any]:
             f"{where}.function: expected {', '.join(BUILTIN_REWARDS)}, package.module:function or "
             f"path/to/file.py:function; got {target!r}{nearest(target, BUILTIN_REWARDS)}"
         )
-    file = Path(module_name).expanduser().resolve() if module_name.endswith(".py") else None
-    if file is not None and not file.is_file():
-        raise RewardError(f"{where}.function: no such file: {module_name} (looked in {Path.cwd()})")
     try:
-        module = importlib.import_module(module_name) if file is None else _run_file(file)
-    except Exception as error:  # the module runs code of its own
-        hint = ""
-        if isinstance(error, ModuleNotFoundError) and Path(*module_name.split(".")).with_suffix(".py").is_file():
-            hint = f"; for a file that is not installed write {module_name.replace('.', '/')}.py:{attribute}"
-        raise RewardError(
-            f"{where}.function: cannot import {module_name} ({type(error).__name__}: {error}){hint}"
-        ) from error
+        module = load_module(module_name)
+    except ImportError as error:
+        raise RewardError(f"{where}.function: {error}") from error
     if not hasattr(module, attribute):
         raise RewardError(f"{where}.function: {module_name} has no {attribute!r}{nearest(attribute, vars(module))}")
     function = getattr(module, attribute)
     if not callable(function) or inspect.isclass(function):
         raise RewardError(f"{where}.function: expected a function; {target} is a {type(function).__name__}")
     return function
-
-
-def _run_file(path: Path) -> ModuleType:
-    # Named after the path, so that two rewards of one file share its module and two files of one name do not.
-    name = f"_grpo_fast_rewards_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # before it runs, as import does: dataclasses and pickle look their module up
-    try:
-        spec.loader.exec_module(module)
-    except BaseException:
-        del sys.modules[name]
-        raise
-    return module
 
 
 def _parameters(function: Callable[..., Any], target: str, where: str) -> tuple[frozenset[str] | None, frozenset[str]]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from grpo_fast.aggregation import SEQUENCE_MEAN, SEQUENCE_SUM
 from grpo_fast.config import LossConfig
 from grpo_fast.loss import Metrics, grpo_loss, token_logprobs
-from grpo_fast.objectives import needs_every_row
+from grpo_fast.losses import CLIP_METRICS
+from grpo_fast.objectives import needs_every_row, sequence_share
 from grpo_fast.trainer.batch import Experience, MicroBatch, build_microbatches
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.errors import ConfigError
@@ -50,6 +51,9 @@ class Updater:
         self.weights = MasterWeights(policy.model, enabled=config.model.master_weights)
         self.optimizer = Optimizer(self.weights, config)
         self._config = config
+        # Names of a recipe, which the loss checks.
+        self._scoring: dict[str, Any] = {"backend": config.backend, "workspace_bytes": config.workspace_bytes}
+        self._updating: dict[str, Any] = {**self._scoring, "plan": config.plan}
         self._try_loss()
 
     def prepare(self, experience: Experience, minibatches: Sequence[Sequence[int]]) -> None:
@@ -139,9 +143,7 @@ class Updater:
             entropy_normalizer=self._entropy_normalizer(packs),
             ignore_index=None,  # a pack's rows are completion tokens, all of them: nothing to wait for
             main_grad=self.weights.main_grad(head.weight),
-            backend=self._config.backend,
-            plan=self._config.plan,
-            workspace_bytes=self._config.workspace_bytes,
+            **self._updating,
         )
         output.loss.backward()
         return output.metrics
@@ -166,9 +168,7 @@ class Updater:
                 bias=None if head.bias is None else head.bias.detach()[:8],
                 head=head.config,
                 config=self._config.loss,
-                backend=self._config.backend,
-                plan=self._config.plan,
-                workspace_bytes=self._config.workspace_bytes,
+                **self._updating,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -176,11 +176,9 @@ class Updater:
     def _normalizer(self, experience: Experience, completions: Sequence[int]) -> float:
         """The loss type's denominator over the whole step, completions without a gradient included."""
         loss: LossConfig = self._config.loss
-        if loss.loss_type in (*SEQUENCE_MEAN, *SEQUENCE_SUM):
-            return float(len(completions))
-        if loss.loss_type == "dr_grpo":
-            return float(len(completions) * (loss.max_completion_length or 1))
-        return float(max(_num_tokens(experience, completions), 1))
+        if loss.record.aggregation == "token_mean":
+            return float(max(_num_tokens(experience, completions), 1))
+        return float(len(completions) * sequence_share(loss))
 
     def _entropy_normalizer(self, packs: Sequence[MicroBatch]) -> float | None:
         """What the entropy bonus divides by: the tokens of the step that it acts on.
@@ -204,11 +202,9 @@ class Updater:
             clip_share = num_sequences / len(completions)
         else:
             clip_share = num_tokens / max(_num_tokens(experience, completions), 1)
-        for name in ("low_mean", "high_mean", "region_mean"):
-            if f"clip_ratio/{name}" in metrics:
-                metrics[f"clip_ratio/{name}"] *= clip_share
-        if "cispo_clip_ratio" in metrics:
-            metrics["cispo_clip_ratio"] *= clip_share
+        for name in CLIP_METRICS[self._config.loss.record.clip]:
+            if not name.endswith(("_min", "_max")):
+                metrics[name] *= clip_share
         metrics["active_row_fraction"] *= num_tokens / max(_num_tokens(experience, completions), 1)
         return metrics
 
@@ -227,8 +223,7 @@ class Updater:
                         config=self._config.loss,
                         ignore_index=None,
                         entropy=False,
-                        backend=self._config.backend,
-                        workspace_bytes=self._config.workspace_bytes,
+                        **self._scoring,
                     )
                     index.append(pack.token_index)
                     found.append(result.logprobs)

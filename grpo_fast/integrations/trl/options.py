@@ -10,20 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.aggregation import SEQUENCE_MEAN, SEQUENCE_SUM
 from grpo_fast.config import LossConfig
 from grpo_fast.integrations.lm_head import Objective
-from grpo_fast.objectives import reads_sampling
+from grpo_fast.losses import LOSSES
+from grpo_fast.objectives import reads_sampling, sequence_share
 
 _SAME_NAME = (
     "delta",
     "use_bias_correction_kl",
-    "sapo_temperature_pos",
-    "sapo_temperature_neg",
-    "vespo_k_pos",
-    "vespo_lambda_pos",
-    "vespo_k_neg",
-    "vespo_lambda_neg",
+    *(parameter.name for name in ("sapo", "vespo") for parameter in LOSSES[name].parameters),
 )
 _LOGPROBS = ("old_per_token_logps", "ref_per_token_logps", "sampling_per_token_logps")
 
@@ -93,7 +88,7 @@ def objective_of(trainer: Any, inputs: dict[str, Any], *, temperature: float) ->
         old_logprobs=old,
         ref_logprobs=ref if config.beta != 0 else None,
         sampling_logprobs=sampling if reads_sampling(config) else None,
-        normalizer=_normalizer(trainer, inputs, mask, steps),
+        normalizer=_normalizer(trainer, config, inputs, mask, steps),
         entropy_normalizer=mask.sum().clamp(min=1) * float(steps) if counted and bonus != 0 else None,
     )
 
@@ -107,14 +102,11 @@ def _bonus(trainer: Any) -> float:
     return float(trainer.entropy_coef)
 
 
-def _normalizer(trainer: Any, inputs: dict[str, Any], mask: Tensor, steps: int) -> Tensor | float:
+def _normalizer(trainer: Any, config: LossConfig, inputs: dict[str, Any], mask: Tensor, steps: int) -> Tensor | float:
     """What TRL divides by: B N, B C N, local tokens times N, or the tokens of the step on all ranks, a rank's share."""
-    kind: str = trainer.loss_type
-    if kind in (*SEQUENCE_MEAN, *SEQUENCE_SUM):
-        return float(mask.shape[0] * steps)
-    if kind == "dr_grpo":
-        return float(mask.shape[0] * trainer.max_completion_length * steps)
-    if kind == "bnpo":
+    if config.record.aggregation != "token_mean":
+        return float(mask.shape[0] * sequence_share(config) * steps)
+    if config.loss_type == "bnpo":  # the one that differs from dapo in TRL's denominator only
         return mask.sum().clamp(min=1) * float(steps)
     # num_items_in_batch counts what was generated together, which may be several optimiser steps.
     tokens: Tensor = inputs["num_items_in_batch"].clamp(min=1.0) / trainer.accelerator.num_processes
