@@ -8,8 +8,8 @@
 // The twin of grpo_fast/objectives.py for objectives whose tokens do not see each other: weights, masks and sums over
 // tokens are the caller's. A term is its formula over dual numbers, whose operations hold autograd's conventions.
 //
-// To add a token-local policy term: a function `name_term` below, and its name in GRPO_FAST_POLICIES; on the other
-// device likewise in kernels/objective.py; numbers that it needs go to kernels/parameters.py.
+// To add a token-local policy term: a function of `Terms` below, and its name in GRPO_FAST_POLICIES; likewise in
+// kernels/objective.py; numbers that it needs go to kernels/parameters.py.
 
 #pragma once
 
@@ -36,9 +36,8 @@ enum class PolicyTerm : int32_t { GRPO_FAST_POLICIES(GRPO_FAST_ENUMERATOR) };
 enum class KlEstimator : int32_t { GRPO_FAST_KL_ESTIMATORS(GRPO_FAST_ENUMERATOR) };
 enum class Correction : int32_t { GRPO_FAST_CORRECTIONS(GRPO_FAST_ENUMERATOR) };
 
-// Double like the Python floats they come from.
 #define GRPO_FAST_FIELD(name) double name;
-struct Parameters {
+struct Parameters {  // double like the Python floats they come from
   GRPO_FAST_PARAMETERS(GRPO_FAST_FIELD)
 };
 
@@ -62,64 +61,6 @@ struct Token {
   bool has_sampling = false;
 };
 
-// A number and its slope in a variable. A plain Real is held fixed: what autograd detaches.
-template <typename Real>
-struct Dual {
-  Real value, slope;
-};
-
-namespace detail {
-
-// -- operations on dual numbers ---------------------------------------------------------------------------------------
-
-template <typename Real>
-GRPO_FAST_INLINE Dual<Real> variable(Real x) {
-  return {x, 1};
-}
-
-template <typename Real>
-GRPO_FAST_INLINE Dual<Real> held(Real x) {
-  return {x, 0};
-}
-
-template <typename Real>
-GRPO_FAST_INLINE Dual<Real> operator-(Dual<Real> x) {
-  return {-x.value, -x.slope};
-}
-
-template <typename Real>
-GRPO_FAST_INLINE Dual<Real> operator+(Dual<Real> a, Dual<Real> b) {
-  return {a.value + b.value, a.slope + b.slope};
-}
-
-template <typename Real>
-GRPO_FAST_INLINE Dual<Real> operator*(Real factor, Dual<Real> x) {
-  return {factor * x.value, factor * x.slope};
-}
-
-template <typename Real>
-GRPO_FAST_INLINE Dual<Real> square(Dual<Real> x) {
-  return {x.value * x.value, 2 * x.value * x.slope};
-}
-
-template <typename Real>
-GRPO_FAST_INLINE Dual<Real> sigmoid(Dual<Real> x) {
-  const Real gate = 1 / (1 + std::exp(-x.value));
-  return {gate, (1 - gate) * gate * x.slope};
-}
-
-// e^x - 1 - x: by expm1, as near 0 it is a small difference of numbers near 1, and so is its slope.
-template <typename Real>
-GRPO_FAST_INLINE Dual<Real> exp_less_tangent(Dual<Real> x) {
-  const Real rise = std::expm1(x.value);
-  return {rise - x.value, rise * x.slope};
-}
-
-template <typename Real>
-GRPO_FAST_INLINE Dual<Real> where(bool condition, Dual<Real> yes, Dual<Real> no) {
-  return condition ? yes : no;
-}
-
 // NaN stays NaN.
 template <typename Real>
 GRPO_FAST_INLINE Real clamp(Real x, double low, double high) {
@@ -127,111 +68,100 @@ GRPO_FAST_INLINE Real clamp(Real x, double low, double high) {
   return x < least ? least : (x > most ? most : x);
 }
 
-// factor clamp(x). Inside and on the bounds the slope passes whole (torch 2.14 changed its clamp's: this is our own);
-// outside it is 0 even if the factor is infinite.
+// A number and its slope in a variable; {x, 1} is the variable, {x, 0} or a plain Real is held fixed, as if detached.
 template <typename Real>
-GRPO_FAST_INLINE Dual<Real> scaled_clamp(Real factor, Dual<Real> x, double low, double high) {
-  const bool outside = x.value < static_cast<Real>(low) || x.value > static_cast<Real>(high);
-  return {factor * clamp(x.value, low, high), outside ? Real(0) : factor * x.slope};
-}
+struct Dual {
+  Real value, slope;
 
-// d min(a, b) / da: at a tie each side gets half.
+  friend GRPO_FAST_INLINE Dual operator-(Dual x) { return {-x.value, -x.slope}; }
+  friend GRPO_FAST_INLINE Dual operator+(Dual a, Dual b) { return {a.value + b.value, a.slope + b.slope}; }
+  friend GRPO_FAST_INLINE Dual operator*(Real factor, Dual x) { return {factor * x.value, factor * x.slope}; }
+  friend GRPO_FAST_INLINE Dual square(Dual x) { return {x.value * x.value, 2 * x.value * x.slope}; }
+  friend GRPO_FAST_INLINE Dual sigmoid(Dual x) {
+    const Real gate = 1 / (1 + std::exp(-x.value));
+    return {gate, (1 - gate) * gate * x.slope};
+  }
+  // e^x - 1 - x: by expm1, as near 0 it is a small difference of numbers near 1, and so is its slope.
+  friend GRPO_FAST_INLINE Dual exp_less_tangent(Dual x) {
+    const Real rise = std::expm1(x.value);
+    return {rise - x.value, rise * x.slope};
+  }
+  // NaN if either is; at a tie each side gives half of its slope.
+  friend GRPO_FAST_INLINE Dual minimum(Dual a, Dual b) {
+    const Real from_a = a.value == b.value ? Real(0.5) : a.value > b.value ? Real(0) : Real(1);
+    const Real from_b = a.value == b.value ? Real(0.5) : b.value > a.value ? Real(0) : Real(1);
+    return {std::isnan(a.value) || a.value < b.value ? a.value : b.value, from_a * a.slope + from_b * b.slope};
+  }
+  // factor clamp(x). Inside and on the bounds the slope passes whole (a convention of our own: torch's clamp changed in
+  // 2.14), outside it is 0, even if the factor is infinite.
+  friend GRPO_FAST_INLINE Dual scaled_clamp(Real factor, Dual x, double low, double high) {
+    const bool outside = x.value < static_cast<Real>(low) || x.value > static_cast<Real>(high);
+    return {factor * clamp(x.value, low, high), outside ? Real(0) : factor * x.slope};
+  }
+  // f, whose slope is in x, as a function of what x has the slope `inner` in. The innermost factor comes last, as in
+  // autograd: a slope of 0 times an infinite ratio is NaN here as it is there.
+  friend GRPO_FAST_INLINE Dual chain(Dual f, Real inner) { return {f.value, f.slope * inner}; }
+};
+
+// The policy terms of a token, and what they may use.
 template <typename Real>
-GRPO_FAST_INLINE Real minimum_share(Real a, Real b) {
-  return a == b ? Real(0.5) : (a > b ? Real(0) : Real(1));
-}
-
-// NaN if either is.
-template <typename Real>
-GRPO_FAST_INLINE Dual<Real> minimum(Dual<Real> a, Dual<Real> b) {
-  return {std::isnan(a.value) || a.value < b.value ? a.value : b.value,
-          minimum_share(a.value, b.value) * a.slope + minimum_share(b.value, a.value) * b.slope};
-}
-
-// f, whose slope is in x, as a function of what x has the slope `inner` in. The innermost factor comes last, as in
-// autograd: a slope of 0 times an infinite ratio is NaN here as it is there.
-template <typename Real>
-GRPO_FAST_INLINE Dual<Real> chain(Dual<Real> f, Real inner) {
-  return {f.value, f.slope * inner};
-}
-
-// -- policy terms -----------------------------------------------------------------------------------------------------
-
-// What a policy term may use.
-template <typename Real>
-struct Context {
+struct Terms {
   const Parameters& with;
   Real logprob, log_ratio, ratio, advantage;
   Real behaviour;  // logprob of the policy that sampled
+
+  // -min(min(w, delta) A, clip(w, 1 - epsilon, 1 + epsilon_high) A)
+  GRPO_FAST_INLINE Dual<Real> clipped() const {
+    const Dual<Real> w{ratio, 1};
+    return chain(-minimum(scaled_clamp(advantage, w, -HUGE_VAL, with.delta),
+                          scaled_clamp(advantage, w, with.clip_low, with.clip_high)), ratio);
+  }
+
+  // -min(w, epsilon_high) A p, but for p held fixed
+  GRPO_FAST_INLINE Dual<Real> cispo() const {
+    return -clamp(ratio, -HUGE_VAL, with.clip_bound) * advantage * Dual<Real>{logprob, 1};
+  }
+
+  // -4 / tau A sigmoid(tau (w - 1)), tau by the sign of A
+  GRPO_FAST_INLINE Dual<Real> sapo() const {
+    const Real tau = static_cast<Real>(advantage > 0 ? with.sapo_temperature_pos : with.sapo_temperature_neg);
+    return chain(chain(-4 / tau * advantage * sigmoid(Dual<Real>{tau * (ratio - 1), 1}), tau), ratio);
+  }
+
+  // -A w, 0 where e^p - e^mu has left +-threshold on A's side (NaN has not);  + coef r^2
+  GRPO_FAST_INLINE Dual<Real> dppo() const {
+    const Real gap = std::exp(logprob) - std::exp(behaviour), limit = static_cast<Real>(with.dppo_threshold);
+    const bool drop = advantage > 0 ? gap > limit : (advantage <= 0 && gap < -limit);
+    return chain(drop ? Dual<Real>{0, 0} : -advantage * Dual<Real>{ratio, 1}, ratio) +
+           static_cast<Real>(with.dppo_log_ratio_coef) * square(Dual<Real>{log_ratio, 1});
+  }
+
+  // the clipped term, for A < 0 at most -dual_clip A
+  GRPO_FAST_INLINE Dual<Real> ppo_dual() const {
+    return advantage < 0 ? minimum(clipped(), {-static_cast<Real>(with.dual_clip) * advantage, 0}) : clipped();
+  }
+
+  // -A p
+  GRPO_FAST_INLINE Dual<Real> reinforce() const { return -advantage * Dual<Real>{logprob, 1}; }
+
+  GRPO_FAST_INLINE Dual<Real> policy(PolicyTerm term) const {
+#define GRPO_FAST_CASE(name) case PolicyTerm::name: return name();
+    switch (term) { GRPO_FAST_POLICIES(GRPO_FAST_CASE) }
+    return {0, 0};
+  }
+
+  // k1  p - ref     k2  (p - ref)^2 / 2     k3  e^(ref - p) - (ref - p) - 1     times w if asked
+  GRPO_FAST_INLINE Dual<Real> kl(KlEstimator estimator, bool times_ratio, Real ref_logprob) const {
+    const Dual<Real> difference{ref_logprob - logprob, -1};
+    const Dual<Real> kl = estimator == KlEstimator::k1   ? -difference
+                          : estimator == KlEstimator::k2 ? Real(0.5) * square(difference)
+                                                         : exp_less_tangent(difference);
+    if (!times_ratio) return kl;
+    // d (kl w) / dp = (kl + dkl / dp) w; k3's two are free of their common part.
+    const Real sum = estimator == KlEstimator::k3 ? -difference.value : kl.value + kl.slope;
+    return {kl.value * ratio, sum * ratio};
+  }
 };
-
-// -min(min(w, delta) A, clip(w, 1 - epsilon, 1 + epsilon_high) A)
-template <typename Real>
-GRPO_FAST_INLINE Dual<Real> clipped_term(const Context<Real>& c) {
-  const Dual<Real> w = variable(c.ratio);
-  return chain(-minimum(scaled_clamp(c.advantage, w, -HUGE_VAL, c.with.delta),
-                        scaled_clamp(c.advantage, w, c.with.clip_low, c.with.clip_high)),
-               c.ratio);
-}
-
-// -min(w, epsilon_high) A p, but for p held fixed
-template <typename Real>
-GRPO_FAST_INLINE Dual<Real> cispo_term(const Context<Real>& c) {
-  return -clamp(c.ratio, -HUGE_VAL, c.with.clip_bound) * c.advantage * variable(c.logprob);
-}
-
-// -4 / tau A sigmoid(tau (w - 1)), tau by the sign of A
-template <typename Real>
-GRPO_FAST_INLINE Dual<Real> sapo_term(const Context<Real>& c) {
-  const Real tau = static_cast<Real>(c.advantage > 0 ? c.with.sapo_temperature_pos : c.with.sapo_temperature_neg);
-  return chain(chain(-4 / tau * c.advantage * sigmoid(variable(tau * (c.ratio - 1))), tau), c.ratio);
-}
-
-// -A w, 0 where e^p - e^mu has left +-threshold on A's side (NaN has not);  + coef r^2
-template <typename Real>
-GRPO_FAST_INLINE Dual<Real> dppo_term(const Context<Real>& c) {
-  const Real gap = std::exp(c.logprob) - std::exp(c.behaviour), limit = static_cast<Real>(c.with.dppo_threshold);
-  const bool drop = c.advantage > 0 ? gap > limit : (c.advantage <= 0 && gap < -limit);
-  return chain(where(drop, held(Real(0)), -c.advantage * variable(c.ratio)), c.ratio) +
-         static_cast<Real>(c.with.dppo_log_ratio_coef) * square(variable(c.log_ratio));
-}
-
-// the clipped term, for A < 0 at most -dual_clip A
-template <typename Real>
-GRPO_FAST_INLINE Dual<Real> ppo_dual_term(const Context<Real>& c) {
-  const Dual<Real> clipped = clipped_term(c), bound = held(-static_cast<Real>(c.with.dual_clip) * c.advantage);
-  return where(c.advantage < 0, minimum(clipped, bound), clipped);
-}
-
-// -A p
-template <typename Real>
-GRPO_FAST_INLINE Dual<Real> reinforce_term(const Context<Real>& c) {
-  return -c.advantage * variable(c.logprob);
-}
-
-template <typename Real>
-GRPO_FAST_INLINE Dual<Real> policy_term(PolicyTerm policy, const Context<Real>& c) {
-#define GRPO_FAST_CASE(name) \
-  case PolicyTerm::name:     \
-    return name##_term(c);
-  switch (policy) { GRPO_FAST_POLICIES(GRPO_FAST_CASE) }
-  return {0, 0};
-}
-
-// -- the rest of the term ---------------------------------------------------------------------------------------------
-
-// k1  p - ref     k2  (p - ref)^2 / 2     k3  e^(ref - p) - (ref - p) - 1     times w if asked
-template <typename Real>
-GRPO_FAST_INLINE Dual<Real> kl_term(const Objective& objective, const Context<Real>& c, Real ref_logprob) {
-  const Dual<Real> difference{ref_logprob - c.logprob, -1};
-  const Dual<Real> kl = objective.kl == KlEstimator::k1   ? -difference
-                        : objective.kl == KlEstimator::k2 ? Real(0.5) * square(difference)
-                                                          : exp_less_tangent(difference);
-  if (!objective.kl_times_ratio) return kl;
-  // d (kl w) / dp = (kl + dkl / dp) w; k3's two are free of their common part.
-  const Real sum = objective.kl == KlEstimator::k3 ? -difference.value : kl.value + kl.slope;
-  return {kl.value * c.ratio, sum * c.ratio};
-}
 
 template <typename Real>
 GRPO_FAST_INLINE Real importance_weight(const Objective& objective, const Token<Real>& token, Real old) {
@@ -244,21 +174,18 @@ GRPO_FAST_INLINE Real importance_weight(const Objective& objective, const Token<
   return objective.correction == Correction::token_truncate || bounded == weight ? bounded : Real(0);
 }
 
-}  // namespace detail
-
-// One unmasked token. `Real` is float in the kernels, double where slopes are compared with differences.
+// The term of an unmasked token. `Real` is float in the kernels, double where slopes are compared with differences.
 template <typename Real>
 GRPO_FAST_INLINE Dual<Real> token_term(const Objective& objective, const Token<Real>& token) {
-  using namespace detail;
-  const Real old = token.has_old ? token.old_logprob : token.logprob;
-  const Real log_ratio = token.logprob - old;
+  const Real old = token.has_old ? token.old_logprob : token.logprob, log_ratio = token.logprob - old;
   const Real behaviour = token.has_sampling ? token.sampling_logprob : old;
-  const Context<Real> c{objective.parameters, token.logprob,   log_ratio,
-                        std::exp(log_ratio),  token.advantage, behaviour};
-  Dual<Real> term = policy_term(objective.policy, c);
+  const Terms<Real> terms{objective.parameters, token.logprob,   log_ratio,
+                          std::exp(log_ratio),  token.advantage, behaviour};
+  Dual<Real> term = terms.policy(objective.policy);
   if (objective.correction != Correction::none) term = importance_weight(objective, token, old) * term;
   if (objective.kl == KlEstimator::none) return term;
-  return term + static_cast<Real>(objective.parameters.beta) * kl_term(objective, c, token.ref_logprob);
+  const Dual<Real> kl = terms.kl(objective.kl, objective.kl_times_ratio, token.ref_logprob);
+  return term + static_cast<Real>(objective.parameters.beta) * kl;
 }
 
 }  // namespace grpo_fast

@@ -3,15 +3,15 @@
 #pragma once
 
 #define GRPO_FAST_PARAMETERS(X) \
-  X(clip_low)                   \
-  X(clip_high)                  \
-  X(clip_bound)                 \
-  X(delta)                      \
-  X(beta)                       \
-  X(importance_min)             \
-  X(importance_max)             \
-  X(sapo_temperature_pos)       \
-  X(sapo_temperature_neg)       \
-  X(dppo_threshold)             \
-  X(dppo_log_ratio_coef)        \
+  X(clip_low) \
+  X(clip_high) \
+  X(clip_bound) \
+  X(delta) \
+  X(beta) \
+  X(importance_min) \
+  X(importance_max) \
+  X(sapo_temperature_pos) \
+  X(sapo_temperature_neg) \
+  X(dppo_threshold) \
+  X(dppo_log_ratio_coef) \
   X(dual_clip)

@@ -22,6 +22,7 @@ from grpo_fast.backends.base import group_functions, is_traced, resolve_backend
 from grpo_fast.backends.devices import TRAITS
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.objectives import (
+    Segments,
     Tokens,
     aggregation_name,
     couples_tokens,
@@ -31,7 +32,6 @@ from grpo_fast.objectives import (
     token_weights,
 )
 from grpo_fast.ops.call import ActiveRows
-from grpo_fast.packing import Segments
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

@@ -55,21 +55,7 @@ def _parameter(parameters, NAME: tl.constexpr):
 
 
 # -- operations on dual numbers: (value, slope in a variable) ---------------------------------------------------------
-
-
-@triton.jit
-def _variable(x):
-    return x, 1.0
-
-
-@triton.jit
-def _held(x):
-    return x, 0.0
-
-
-@triton.jit
-def _negative(x):
-    return -x[0], -x[1]
+# (x, 1.0) is the variable, (x, 0.0) is held fixed, as if detached
 
 
 @triton.jit
@@ -96,15 +82,11 @@ def _sigmoid(x):
 @triton.jit
 def _exp_less_tangent(x):
     """e^x - 1 - x: by expm1, as near 0 it is a small difference of numbers near 1, and so is its slope."""
-    rise = _expm1(x[0])
-    return rise - x[0], rise * x[1]
-
-
-@triton.jit
-def _expm1(x):
-    """e^x - 1 without cancellation near 0: its series below 0.35, where eight terms leave 6e-9."""
-    series = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7 * (1 + x / 8)))))))
-    return tl.where(tl.abs(x) < 0.35, series, tl.exp(x) - 1)
+    d = x[0]
+    # Below 0.35 by its series, where eight terms leave 6e-9.
+    series = d * (1 + d / 2 * (1 + d / 3 * (1 + d / 4 * (1 + d / 5 * (1 + d / 6 * (1 + d / 7 * (1 + d / 8)))))))
+    rise = tl.where(tl.abs(d) < 0.35, series, tl.exp(d) - 1)
+    return rise - d, rise * x[1]
 
 
 @triton.jit
@@ -113,30 +95,25 @@ def _where(condition, yes, no):
 
 
 @triton.jit
+def _minimum(a, b):
+    """NaN if either is; at a tie each side gives half of its slope."""
+    value = tl.where((a[0] != a[0]) | (a[0] < b[0]), a[0], b[0])
+    from_a = tl.where(a[0] == b[0], 0.5, tl.where(a[0] > b[0], 0.0, 1.0))
+    from_b = tl.where(a[0] == b[0], 0.5, tl.where(b[0] > a[0], 0.0, 1.0))
+    return value, from_a * a[1] + from_b * b[1]
+
+
+@triton.jit
 def _clamp(x, low, high):
-    """NaN stays NaN."""
     return tl.where(x < low, low, tl.where(x > high, high, x))
 
 
 @triton.jit
 def _scaled_clamp(factor, x, low, high):
-    """factor clamp(x). Inside and on the bounds the slope passes whole (torch 2.14 changed its clamp's: this is our
-    own); outside it is 0 even if the factor is infinite."""
+    """factor clamp(x). Inside and on the bounds the slope passes whole (a convention of our own: torch's clamp changed
+    in 2.14), outside it is 0, even if the factor is infinite."""
     outside = (x[0] < low) | (x[0] > high)
     return factor * _clamp(x[0], low, high), tl.where(outside, 0.0, factor * x[1])
-
-
-@triton.jit
-def _minimum_share(a, b):
-    """d min(a, b) / da: at a tie each side gets half."""
-    return tl.where(a == b, 0.5, tl.where(a > b, 0.0, 1.0))
-
-
-@triton.jit
-def _minimum(a, b):
-    """NaN if either is."""
-    value = tl.where((a[0] != a[0]) | (a[0] < b[0]), a[0], b[0])
-    return value, _minimum_share(a[0], b[0]) * a[1] + _minimum_share(b[0], a[0]) * b[1]
 
 
 @triton.jit
@@ -152,17 +129,15 @@ def _chain(f, inner):
 @triton.jit
 def _clipped(logprob, log_ratio, ratio, advantage, behaviour, parameters):
     """-min(min(w, delta) A, clip(w, 1 - epsilon, 1 + epsilon_high) A)"""
-    w = _variable(ratio)
-    free_side = _scaled_clamp(advantage, w, -float("inf"), _parameter(parameters, "delta"))
+    free_side = _scaled_clamp(advantage, (ratio, 1.0), -float("inf"), _parameter(parameters, "delta"))
     low, high = _parameter(parameters, "clip_low"), _parameter(parameters, "clip_high")
-    return _chain(_negative(_minimum(free_side, _scaled_clamp(advantage, w, low, high))), ratio)
+    return _chain(_scaled(-1.0, _minimum(free_side, _scaled_clamp(advantage, (ratio, 1.0), low, high))), ratio)
 
 
 @triton.jit
 def _cispo(logprob, log_ratio, ratio, advantage, behaviour, parameters):
     """-min(w, epsilon_high) A p, but for p held fixed"""
-    bounded = _clamp(ratio, -float("inf"), _parameter(parameters, "clip_bound"))
-    return _scaled(-bounded * advantage, _variable(logprob))
+    return _scaled(-_clamp(ratio, -float("inf"), _parameter(parameters, "clip_bound")) * advantage, (logprob, 1.0))
 
 
 @triton.jit
@@ -170,31 +145,30 @@ def _sapo(logprob, log_ratio, ratio, advantage, behaviour, parameters):
     """-4 / tau A sigmoid(tau (w - 1)), tau by the sign of A"""
     positive, negative = _parameter(parameters, "sapo_temperature_pos"), _parameter(parameters, "sapo_temperature_neg")
     tau = tl.where(advantage > 0, positive, negative)
-    return _chain(_chain(_scaled(-4 / tau * advantage, _sigmoid(_variable(tau * (ratio - 1)))), tau), ratio)
+    return _chain(_chain(_scaled(-4 / tau * advantage, _sigmoid((tau * (ratio - 1), 1.0))), tau), ratio)
 
 
 @triton.jit
 def _dppo(logprob, log_ratio, ratio, advantage, behaviour, parameters):
     """-A w, 0 where e^p - e^mu has left +-threshold on A's side (NaN has not);  + coef r^2"""
-    gap = tl.exp(logprob) - tl.exp(behaviour)
-    limit = _parameter(parameters, "dppo_threshold")
+    gap, limit = tl.exp(logprob) - tl.exp(behaviour), _parameter(parameters, "dppo_threshold")
     drop = tl.where(advantage > 0, gap > limit, (advantage <= 0) & (gap < -limit))
-    gain = _chain(_where(drop, _held(0.0), _scaled(-advantage, _variable(ratio))), ratio)
-    return _sum(gain, _scaled(_parameter(parameters, "dppo_log_ratio_coef"), _square(_variable(log_ratio))))
+    gain = _chain(_where(drop, (0.0, 0.0), _scaled(-advantage, (ratio, 1.0))), ratio)
+    return _sum(gain, _scaled(_parameter(parameters, "dppo_log_ratio_coef"), _square((log_ratio, 1.0))))
 
 
 @triton.jit
 def _ppo_dual(logprob, log_ratio, ratio, advantage, behaviour, parameters):
     """the clipped term, for A < 0 at most -dual_clip A"""
     clipped = _clipped(logprob, log_ratio, ratio, advantage, behaviour, parameters)
-    bound = _held(-_parameter(parameters, "dual_clip") * advantage)
+    bound = (-_parameter(parameters, "dual_clip") * advantage, 0.0)
     return _where(advantage < 0, _minimum(clipped, bound), clipped)
 
 
 @triton.jit
 def _reinforce(logprob, log_ratio, ratio, advantage, behaviour, parameters):
     """-A p"""
-    return _scaled(-advantage, _variable(logprob))
+    return _scaled(-advantage, (logprob, 1.0))
 
 
 POLICIES = {
@@ -205,7 +179,7 @@ POLICIES = {
     "ppo_dual": _ppo_dual,
     "reinforce": _reinforce,
 }
-"""Kernels are compiled for one of these functions; r is log w, `behaviour` the logprob of the policy that sampled."""
+"""Kernels are compiled for one of these functions; `behaviour` is the logprob of the policy that sampled."""
 
 
 # -- the rest of the term ---------------------------------------------------------------------------------------------
@@ -216,18 +190,14 @@ def _kl(KL: tl.constexpr, KL_TIMES_RATIO: tl.constexpr, logprob, ref_logprob, ra
     """k1  p - ref     k2  (p - ref)^2 / 2     k3  e^(ref - p) - (ref - p) - 1     times w if asked"""
     difference = (ref_logprob - logprob, -1.0)
     if KL == "k1":
-        kl = _negative(difference)
+        kl = _scaled(-1.0, difference)
     elif KL == "k2":
         kl = _scaled(0.5, _square(difference))
     else:
         kl = _exp_less_tangent(difference)
     if KL_TIMES_RATIO:
         # d (kl w) / dp = (kl + dkl / dp) w; k3's two are free of their common part.
-        if KL == "k3":
-            slope = -difference[0]
-        else:
-            slope = kl[0] + kl[1]
-        kl = (kl[0] * ratio, slope * ratio)
+        kl = (kl[0] * ratio, (-difference[0] if KL == "k3" else kl[0] + kl[1]) * ratio)
     return kl
 
 

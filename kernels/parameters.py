@@ -27,13 +27,11 @@ HEADER = Path(__file__).resolve().parent.parent / "csrc" / "parameters.h"
 
 def header() -> str:
     """The text of csrc/parameters.h."""
-    lines = ["#define GRPO_FAST_PARAMETERS(X)", *(f"  X({name})" for name in PARAMETERS)]
-    width = max(map(len, lines)) + 1
-    listed = "\n".join([*(f"{line:<{width}}\\" for line in lines[:-1]), lines[-1]])
+    listed = "".join(f" \\\n  X({name})" for name in PARAMETERS)
     return (
         "// The numbers of an objective, X(name) each, in the order in which Python hands them over. Written by\n"
         "// `python kernels/parameters.py`, which says what they are.\n"
-        f"#pragma once\n\n{listed}\n"
+        f"#pragma once\n\n#define GRPO_FAST_PARAMETERS(X){listed}\n"
     )
 
 

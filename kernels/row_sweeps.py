@@ -185,8 +185,7 @@ def row_gradient(
         _fill_zero(dx, num_columns, LANES)
     else:
         own = target_u(x, bias, target, num_columns, cap_scale, TRANSFORM)
-        hit = g * chain
-        level = -hit
+        level = -g * chain
         if HAS_E:
             level -= e * entropy * chain
         tilt = -e * chain * LN_2
@@ -207,6 +206,7 @@ def row_gradient(
                 tl.debug_barrier()
             tl.store(dx + start + offsets, value.to(dx.dtype.element_ty))
         tl.debug_barrier()  # the target's column has been written by another thread
+        hit = g * chain
         value = _dx(own, lse2, factor, level, tilt, TRANSFORM, HAS_E) + hit * _bend(own, TRANSFORM)
         tl.store(dx + target, value.to(dx.dtype.element_ty), mask=(target >= 0) & (target < num_columns))
 

@@ -24,8 +24,7 @@ from grpo_fast.backends.fused import objective_numbers
 from grpo_fast.config import LOSS_TYPES, LossConfig
 from grpo_fast.kernels import parameters
 from grpo_fast.kernels.parameters import PARAMETERS
-from grpo_fast.objectives import Tokens, importance_weight, objective
-from grpo_fast.packing import Segments
+from grpo_fast.objectives import Segments, Tokens, importance_weight, objective
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 TEST_SOURCES = ["tests/main.cpp", *sorted(f"tests/{path.name}" for path in (CSRC / "tests").glob("test_*.cpp"))]
@@ -278,3 +277,18 @@ def test_overflow_is_autograds(loss_type: str, library: ctypes.CDLL) -> None:
 
 def test_the_list_of_parameters_is_current() -> None:
     assert parameters.HEADER.read_text() == parameters.header(), "run python kernels/parameters.py"
+
+
+def test_devices_know_the_same_names() -> None:
+    native = pytest.importorskip("grpo_fast._C", reason="the extension is not built")
+    kernels = pytest.importorskip("grpo_fast.kernels.objective", reason="Triton is not installed")
+    assert native.PARAMETERS == kernels.PARAMETERS == PARAMETERS
+    known = {"policy": kernels.POLICIES, "kl": kernels.KL_ESTIMATORS, "correction": kernels.CORRECTIONS}
+    given = {"policy": "clipped", "kl": "none", "correction": "none", "kl_times_ratio": True}
+    for option, names in known.items():
+        for name in names:
+            native.Objective(**(given | {option: name}), parameters=[0.0] * len(PARAMETERS))
+        with pytest.raises(ValueError, match=f"{option}: expected one of {', '.join(names)}; got 'other'"):
+            native.Objective(**(given | {option: "other"}), parameters=[0.0] * len(PARAMETERS))
+    with pytest.raises(ValueError, match="parameters: expected 12 numbers; got 1"):
+        native.Objective(**given, parameters=[0.0])

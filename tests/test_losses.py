@@ -20,9 +20,8 @@ from grpo_fast import Loss, LossConfig, Parameter, TermInputs, grpo_loss, policy
 from grpo_fast.loss_page import documentation
 from grpo_fast.losses import CLIP_METRICS, IMPORTANCE_SAMPLING_MODES, LOSS_TYPES, LOSSES, Kernel, _check
 from grpo_fast.metrics import Metrics
-from grpo_fast.objectives import Tokens, objective
+from grpo_fast.objectives import Segments, Tokens, objective
 from grpo_fast.ops.planner import least_workspace_bytes
-from grpo_fast.packing import Segments
 from tests.cases import BACKENDS, Case, assert_close, make_case, objective_kwargs
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"

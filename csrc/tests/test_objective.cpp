@@ -41,7 +41,7 @@ Token make_token(double logprob, double old_logprob, double advantage) {
 double ratio_of(const Token& token) { return token.has_old ? std::exp(token.logprob - token.old_logprob) : 1.0; }
 
 double weight_of(const Objective& objective, const Token& token) {
-  return grpo_fast::detail::importance_weight(objective, token, token.has_old ? token.old_logprob : token.logprob);
+  return grpo_fast::importance_weight(objective, token, token.has_old ? token.old_logprob : token.logprob);
 }
 
 // The same objective with everything that carries no gradient held at its value, as a function of p alone.

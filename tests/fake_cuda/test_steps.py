@@ -24,7 +24,6 @@ from grpo_fast.backends import devices
 from grpo_fast.backends import triton as triton_backend
 from grpo_fast.backends.base import get_backend
 from grpo_fast.config import LossConfig
-from grpo_fast.kernels.parameters import PARAMETERS
 from grpo_fast.loss import grpo_loss, token_logprobs
 from grpo_fast.ops import call as calls
 from tests.allocations import OPERATORS
@@ -71,7 +70,7 @@ class Extension(ModuleType):
         super().__init__("_cuda")
         self.calls: list[tuple[str, dict[str, Any]]] = []
         self.DType = type("DType", (), {"__getattr__": lambda self, name: name})()
-        self.PARAMETERS = PARAMETERS
+        self.PARAMETERS = objective.PARAMETERS
         self.Objective = lambda **given: SimpleNamespace(**given)
         self.Rows = lambda **given: SimpleNamespace(**given)
         self.narrow_offset = lambda columns: 2 * (columns // 8 * 8)
