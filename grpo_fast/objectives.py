@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -196,24 +196,25 @@ class Terms:
     noted: dict[str, Tensor]
 
 
+Scope = Literal["row", "sequence", "batch"]
+"""A token's own, those of its sequence, or all."""
+
+
 # -- which rows an objective couples --------------------------------------------------------------------------------
 
 
-def couples_sequences(config: LossConfig) -> bool:
-    """Whether a token's gradient depends on tokens of other sequences (only the entropy quantile does)."""
-    return config.top_entropy_quantile < 1.0
-
-
-def couples_tokens(config: LossConfig, *, has_old: bool) -> bool:
-    """Whether a token's gradient depends on the current log-probabilities of other tokens."""
+def slope_scope(config: LossConfig, *, has_old: bool) -> Scope:
+    """Whose current log-probabilities a token's slopes depend on."""
+    if config.top_entropy_quantile < 1.0:
+        return "batch"
     sequence_correction = (config.importance_sampling_mode or "").startswith("sequence") and not has_old
-    return (
+    couples = (
         config.importance_sampling_level != "token"
         or config.record.couples != "nothing"
         or config.off_policy_mask_threshold is not None
         or sequence_correction
-        or couples_sequences(config)
     )
+    return "sequence" if couples else "row"
 
 
 def reads_sampling(config: LossConfig) -> bool:
@@ -231,7 +232,7 @@ def needs_every_row(config: LossConfig) -> bool:
         config.beta != 0
         or config.entropy_coef != 0
         or config.record.beside_advantage is not None
-        or couples_sequences(config)
+        or config.top_entropy_quantile < 1.0
         or config.all_token_metrics
     )
 
@@ -469,16 +470,17 @@ class KernelObjective(NamedTuple):
 
 def kernel_objective(config: LossConfig, tokens: Tokens) -> KernelObjective | None:
     """The objective of tokens like these; None if it couples them or if no kernel has its term."""
-    if config.record.kernel is None or couples_tokens(config, has_old=tokens.old_logprobs is not None):
+    if config.record.kernel is None or slope_scope(config, has_old=tokens.old_logprobs is not None) != "row":
         return None
     if tokens.importance is not None:
-        return _kernel_objective(config, "weight")
+        return _kernel_objective(config.key, "weight")
     mode = None if tokens.sampling_logprobs is None else config.importance_sampling_mode
-    return _kernel_objective(config, mode or "none")
+    return _kernel_objective(config.key, mode or "none")
 
 
 @lru_cache(maxsize=64)
-def _kernel_objective(config: LossConfig, correction: str) -> KernelObjective:
+def _kernel_objective(key: str, correction: str) -> KernelObjective:
+    config = LossConfig.from_key(key)
     low, high, delta = config.importance_sampling_clip_min, config.importance_sampling_clip_max, config.delta
     parameters = {
         "clip_low": 1.0 - config.epsilon,
