@@ -87,7 +87,7 @@ def run(case: Case, config: LossConfig, **options: Any) -> tuple[Any, dict[str, 
 def legal_plans(config: LossConfig) -> list[str]:
     """The plans that serve an objective when everything needs a gradient and the old logprobs are given."""
     fused = [] if (config.top_entropy_quantile < 1) else ["resident"]
-    if not (slope_scope(config, has_old=True) != "row"):
+    if slope_scope(config, has_old=True) == "row":
         fused.append("single_pass")
     return [*fused, "recompute", "lean"]
 
