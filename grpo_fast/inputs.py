@@ -13,7 +13,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from torch import Tensor
 from grpo_fast.backends.base import group_functions, is_traced, resolve_backend
 from grpo_fast.backends.devices import TRAITS
 from grpo_fast.config import HeadConfig, LossConfig
+from grpo_fast.head import Head
 from grpo_fast.objectives import (
     Segments,
     Tokens,
@@ -85,30 +85,17 @@ def check_floating(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name}: expected a floating-point dtype; got {tensor.dtype}")
 
 
-class HeadLike(Protocol):
-    """What `grpo_fast.head.Head` has: this room does not import that one."""
-
-    @property
-    def weight(self) -> Tensor: ...
-    @property
-    def bias(self) -> Tensor | None: ...
-    @property
-    def config(self) -> HeadConfig: ...
-
-
 def split_head(
-    weight: Tensor | HeadLike | None, bias: Tensor | None, head: HeadLike | HeadConfig | None
+    weight: Tensor | Head | None, bias: Tensor | None, head: Head | HeadConfig | None
 ) -> tuple[Tensor, Tensor | None, HeadConfig]:
     """(weight, bias, config) from what may stand for them: tensors and a HeadConfig, or a Head in either place."""
-    if head is not None and not isinstance(head, HeadConfig) and not _is_head(head):
-        raise ValueError(
-            f"head: expected a HeadConfig, or a Head as head_of(model) gives it; got {type(head).__name__}"
-        )
-    whole: Any = next((given for given in (weight, head) if _is_head(given)), None)
-    if whole is None:
+    if not isinstance(head, (HeadConfig, Head, type(None))):
+        raise ValueError(f"head: expected a HeadConfig, or a Head as head_of(model) gives it; got {_named(head)}")
+    whole = weight if isinstance(weight, Head) else head
+    if not isinstance(whole, Head):
         if weight is None:
             raise ValueError("weight: expected a tensor [V, H], or a Head in its place or as head=; got None")
-        return cast(Tensor, weight), bias, PLAIN_HEAD if head is None else cast(HeadConfig, head)
+        return weight, bias, whole or PLAIN_HEAD  # type: ignore[return-value]
     if whole is weight and head is not None and head is not whole:
         raise ValueError("head: expected none besides the Head that stands for weight, bias and config; got one")
     if whole is not weight and weight is not None and weight is not whole.weight:
@@ -116,10 +103,6 @@ def split_head(
     if bias is not None and bias is not whole.bias:
         raise ValueError("bias: expected None or the bias of the Head that is given; got another tensor")
     return whole.weight, whole.bias, whole.config
-
-
-def _is_head(value: object) -> bool:
-    return not isinstance(value, Tensor) and all(hasattr(value, name) for name in ("weight", "bias", "config"))
 
 
 def head_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -134,35 +117,23 @@ def head_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[
                 f"{name}: expected a tensor that is whole on this rank; got a DTensor placed {placements}; "
                 "gather it first, for example by full_tensor(), through which gradients flow"
             )
-    hidden, weight, bias = _autocast(hidden, weight, bias)
-    _check_head(hidden, weight, bias)
-    return hidden, weight, bias
-
-
-def _autocast(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    kind = hidden.device.type
-    if not torch.is_autocast_enabled(kind) or hidden.dtype == torch.float64:
-        return hidden, weight, bias
-    dtype = torch.get_autocast_dtype(kind)
-    return hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-
-
-def _check_head(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    kind, device = hidden.device.type, hidden.device
+    if torch.is_autocast_enabled(kind) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(kind)
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     if hidden.dtype not in FLOATS:
         raise ValueError(f"hidden: expected dtype float32, bfloat16, float16 or float64; got {hidden.dtype}")
-    if weight.shape[1] != hidden.shape[-1]:
+    vocab, width = weight.shape
+    if width != hidden.shape[-1]:
         raise ValueError(
-            f"weight: expected [V, {hidden.shape[-1]}] to match the last dimension of hidden; got {list(weight.shape)}"
+            f"weight: expected [V, {hidden.shape[-1]}] to match the last dimension of hidden; got {[vocab, width]}"
         )
-    if weight.shape[0] == 0:
+    if vocab == 0:
         raise ValueError("weight: expected a vocabulary of at least 1; got [0, ...]")
-    check_tensor(
-        "weight", weight, shapes=[(weight.shape, "")], device=hidden.device, dtypes=[hidden.dtype]
-    )  # shape known good
+    check_tensor("weight", weight, shapes=[((vocab, width), "")], device=device, dtypes=[hidden.dtype])
     if bias is not None:
-        check_tensor(
-            "bias", bias, shapes=[((weight.shape[0],), "vocabulary")], device=hidden.device, dtypes=[hidden.dtype]
-        )
+        check_tensor("bias", bias, shapes=[((vocab,), "vocabulary")], device=device, dtypes=[hidden.dtype])
+    return hidden, weight, bias
 
 
 def _describe(value: object) -> str:
@@ -258,18 +229,16 @@ def check_main_grad(main_grad: Tensor | None, weight: Tensor) -> None:
 
 def check_temperature(temperature: float | Tensor, shape: Sequence[int], device: torch.device) -> None:
     """A positive finite float, or such floats, one a row."""
-    if isinstance(temperature, Tensor):
-        check_tensor("temperature", temperature, shapes=[(tuple(shape), "one a row")], device=device)
-        if temperature.is_complex():
-            raise ValueError(f"temperature: expected real numbers; got {temperature.dtype}")
-        if temperature.requires_grad:
-            raise ValueError("temperature: expected a tensor without requires_grad; got one that requires it")
-        positive = not checks_values(temperature) or bool(((temperature > 0) & (temperature < math.inf)).all())
-    else:
-        check_real("temperature", temperature)
-        positive = 0 < temperature < math.inf
-    if not positive:
-        raise ValueError(f"temperature: expected positive and finite; got {temperature}")
+    if not isinstance(temperature, Tensor):
+        check_positive("temperature", temperature)
+        return
+    check_tensor("temperature", temperature, shapes=[(tuple(shape), "one a row")], device=device)
+    if temperature.is_complex():
+        raise ValueError(f"temperature: expected real numbers; got {temperature.dtype}")
+    if temperature.requires_grad:
+        raise ValueError("temperature: expected a tensor without requires_grad; got one that requires it")
+    if checks_values(temperature) and not bool(((temperature > 0) & (temperature < math.inf)).all()):
+        raise ValueError(f"temperature: expected finite numbers > 0; got {temperature}")
 
 
 @dataclass
@@ -334,8 +303,8 @@ def token_inputs(
         ValueError: shapes, devices, missing log-probabilities, malformed `cu_seqlens`.
     """
     device, dtype = like.device, torch.promote_types(like.dtype, torch.float32)
-    check_finite_positive("normalizer", normalizer)
-    check_finite_positive("entropy_normalizer", entropy_normalizer)
+    check_positive("normalizer", normalizer)
+    check_positive("entropy_normalizer", entropy_normalizer)
     normalizer = normalizer.detach() if isinstance(normalizer, Tensor) else normalizer
     segments = _segments(cu_seqlens, shape, device)
     flat_advantages, per_token = _advantages(advantages, shape, segments, device)
@@ -416,23 +385,17 @@ def _bonus_count(entropy_normalizer: Tensor | float | None, mask: Tensor) -> Ten
     return torch.full((), float(entropy_normalizer), dtype=torch.float64, device=mask.device)
 
 
-def check_real(name: str, value: object) -> None:
-    """None, or a number that is no tensor."""
-    if not torch.compiler.is_compiling() and not isinstance(value, (numbers.Real, type(None))):
-        raise ValueError(f"{name}: expected a number; got {_named(value)}")
-
-
-def check_finite_positive(name: str, value: Tensor | float | None) -> None:
+def check_positive(name: str, value: Tensor | float | None) -> None:
     """None, or one finite number above 0."""
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.is_complex():
             raise ValueError(f"{name}: expected one number; got shape {list(value.shape)} of {value.dtype}")
         if not checks_values(value):
             return
-        value = value.detach()
-    else:
-        check_real(name, value)
-    if value is not None and not 0 < float(value) < math.inf:
+        value = float(value.detach())
+    elif not torch.compiler.is_compiling() and not isinstance(value, (numbers.Real, type(None))):
+        raise ValueError(f"{name}: expected a number; got {_named(value)}")
+    if value is not None and not 0 < value < math.inf:
         raise ValueError(f"{name}: expected a finite number > 0; got {float(value)}")
 
 

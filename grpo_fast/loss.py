@@ -19,8 +19,8 @@ from torch import Tensor
 
 from grpo_fast.backends.base import BackendName, resolve_backend
 from grpo_fast.config import HeadConfig, LossConfig
+from grpo_fast.head import Head
 from grpo_fast.inputs import (
-    HeadLike,
     TokenInputs,
     check_config,
     check_floating,
@@ -85,11 +85,11 @@ class TokenLogprobs:
 
 def token_logprobs(
     hidden: Tensor,
-    weight: Tensor | HeadLike | None,
+    weight: Tensor | Head | None,
     targets: Tensor,
     *,
     bias: Tensor | None = None,
-    head: HeadConfig | HeadLike | None = None,
+    head: HeadConfig | Head | None = None,
     temperature: float | Tensor | None = None,
     config: LossConfig | None = None,
     entropy: bool = True,
@@ -157,7 +157,7 @@ def _one_temperature(temperature: float | Tensor | None, config: LossConfig | No
 
 def grpo_loss(
     hidden: Tensor,
-    weight: Tensor | HeadLike | None,
+    weight: Tensor | Head | None,
     targets: Tensor,
     advantages: Tensor,
     *,
@@ -167,7 +167,7 @@ def grpo_loss(
     ref_logprobs: Tensor | None = None,
     sampling_logprobs: Tensor | None = None,
     bias: Tensor | None = None,
-    head: HeadConfig | HeadLike | None = None,
+    head: HeadConfig | Head | None = None,
     config: LossConfig = LossConfig(),
     normalizer: Tensor | float | None = None,
     entropy_normalizer: Tensor | float | None = None,

@@ -438,7 +438,7 @@ BAD_LOSS_INPUTS: list[tuple[str, dict[str, Any], str]] = [
         "advantages: expected real numbers; got torch.complex64",
     ),
     ("advantages array", {"advantages": numpy.ones(2)}, "advantages: expected a tensor; got ndarray"),
-    ("temperature infinite", {"temperature": torch.full((6,), math.inf)}, "temperature: expected positive and finite"),
+    ("temperature infinite", {"temperature": torch.full((6,), math.inf)}, "temperature: expected finite numbers > 0"),
     ("temperature word", {"temperature": "hot"}, "temperature: expected a number; got str 'hot'"),
     ("temperature array", {"temperature": numpy.ones(6)}, "temperature: expected a number; got ndarray"),
     (
@@ -451,7 +451,7 @@ BAD_LOSS_INPUTS: list[tuple[str, dict[str, Any], str]] = [
         {"main_grad": torch.zeros(9, 4, requires_grad=True)},
         "main_grad: .* got requires_grad True and",
     ),
-    ("temperature", {"temperature": torch.zeros(6)}, "temperature: expected positive"),
+    ("temperature", {"temperature": torch.zeros(6)}, "temperature: expected finite numbers > 0"),
     ("temperature shape", {"temperature": torch.ones(2)}, r"temperature: expected shape \[6\]"),
     ("main_grad shape", {"main_grad": torch.zeros(4, 9)}, r"main_grad: expected shape \[9, 4\]"),
     ("main_grad dtype", {"main_grad": torch.zeros(9, 4).bfloat16()}, "main_grad: expected dtype float32"),

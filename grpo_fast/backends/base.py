@@ -13,6 +13,7 @@ row to `_FACTORIES`. What it may ask of a device is in `devices.py`.
 from __future__ import annotations
 
 import logging
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,7 +27,8 @@ from torch import Tensor
 
 from grpo_fast.backends.devices import TRAITS
 from grpo_fast.config import HeadConfig, LossConfig
-from grpo_fast.objectives import KernelObjective, Tokens, kernel_objective, objective, total_loss
+from grpo_fast.losses import LOSSES
+from grpo_fast.objectives import Tokens, objective, slope_scope, total_loss
 
 logger = logging.getLogger("grpo_fast")
 
@@ -152,6 +154,61 @@ class GroupFunctions(NamedTuple):
 
     advantages: Callable[..., Tensor]
     token_rows: Callable[..., None]
+
+
+# -- objectives in the kernels' terms ---------------------------------------------------------------------------------
+
+
+_KERNEL_PARAMETERS = tuple(p.name for loss in LOSSES.values() if loss.kernel is not None for p in loss.parameters)
+
+
+class KernelObjective(NamedTuple):
+    """A token-local objective: what is compiled, and numbers by name (a bound that is not there is infinite).
+
+    What a trainer changes from call to call (the bonus's weight and count) is not among it, so that few of these live.
+    `correction`, the train/inference weight: "none", "weight" (known beforehand), "token_truncate" or "token_mask".
+    """
+
+    policy: str
+    kl: str
+    kl_times_ratio: bool
+    correction: str
+    parameters: tuple[tuple[str, float], ...]
+
+
+def kernel_objective(config: LossConfig, tokens: Tokens) -> KernelObjective | None:
+    """The objective of tokens like these; None if it couples them or if no kernel has its term."""
+    if config.record.kernel is None or slope_scope(config, has_old=tokens.old_logprobs is not None) != "row":
+        return None
+    if tokens.importance is not None:
+        return _kernel_objective(config.key, "weight")
+    mode = None if tokens.sampling_logprobs is None else config.importance_sampling_mode
+    return _kernel_objective(config.key, mode or "none")
+
+
+@lru_cache(maxsize=64)
+def _kernel_objective(key: str, correction: str) -> KernelObjective:
+    config = LossConfig.from_key(key)
+    low, high, delta = config.importance_sampling_clip_min, config.importance_sampling_clip_max, config.delta
+    parameters = {
+        "clip_low": 1.0 - config.epsilon,
+        "clip_high": 1.0 + config.upper_epsilon,
+        "clip_bound": config.upper_epsilon,
+        "delta": math.inf if delta is None else delta,
+        "beta": config.beta,
+        "importance_min": -math.inf if low is None else low,
+        "importance_max": math.inf if high is None else high,
+    }
+    parameters |= {name: getattr(config, name) for name in _KERNEL_PARAMETERS}
+    policy = config.record.kernel
+    assert policy is not None
+    return KernelObjective(
+        policy=policy,
+        kl=config.kl_estimator if config.beta else "none",
+        kl_times_ratio=config.use_bias_correction_kl,
+        correction=correction,
+        parameters=tuple(parameters.items()),
+    )
 
 
 # -- what a backend is ------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from grpo_fast.backends.base import (
     GroupFunctions,
+    KernelObjective,
     ObjectiveResults,
     RowChunk,
     RowObjective,
@@ -28,7 +29,6 @@ from grpo_fast.backends.base import (
 )
 from grpo_fast.backends.devices import old_gpu, padded
 from grpo_fast.backends.torch import TorchBackend
-from grpo_fast.objectives import KernelObjective
 
 
 class TritonBackend(TorchBackend):

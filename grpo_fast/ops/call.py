@@ -74,14 +74,7 @@ class RowBudget(NamedTuple):
         return self.staged_rows or self.chunk_rows
 
 
-class _Tuning(NamedTuple):
-    """What a benchmark may set; None: as it comes."""
-
-    tile_rows: int | None = None
-    row_stream: bool | None = None
-
-
-_tuning = _Tuning()
+_tuning: dict[str, Any] = {"tile_rows": None, "row_stream": None}
 
 
 @contextmanager
@@ -91,14 +84,14 @@ def tuning(*, tile_rows: int | None = None, row_stream: bool | None = None) -> I
     Args:
         tile_rows: a power of two, at least 16. row_stream: see `row_stream_wanted`.
     """
-    global _tuning
     if tile_rows is not None and (tile_rows < MIN_TILE_ROWS or tile_rows & (tile_rows - 1)):
         raise ValueError(f"tile_rows: expected a power of two, at least {MIN_TILE_ROWS}; got {tile_rows}")
-    before, _tuning = _tuning, _Tuning(tile_rows, row_stream)
+    before = dict(_tuning)
+    _tuning.update(tile_rows=tile_rows, row_stream=row_stream)
     try:
         yield
     finally:
-        _tuning = before
+        _tuning.update(before)
 
 
 def row_stream_wanted() -> bool:
@@ -106,7 +99,8 @@ def row_stream_wanted() -> bool:
 
     GRPO_FAST_ROW_STREAM=1 turns it on. A product that fills the multiprocessors leaves little for a second stream.
     """
-    return os.environ.get("GRPO_FAST_ROW_STREAM") == "1" if _tuning.row_stream is None else _tuning.row_stream
+    asked: bool | None = _tuning["row_stream"]
+    return os.environ.get("GRPO_FAST_ROW_STREAM") == "1" if asked is None else asked
 
 
 MEMORY_SHARE = 16
@@ -152,7 +146,7 @@ def row_budget(
             f"got {workspace_bytes}"
         )
     available = workspace_bytes - engine.scratch_bytes(vocab, dtype, device)
-    tile_rows = _tuning.tile_rows or engine.preferred_tile_rows(dtype, device)
+    tile_rows = _tuning["tile_rows"] or engine.preferred_tile_rows(dtype, device)
     # Two tiles at least: whole tiles leave little room unused, or half of the room for dx. Tiles of more than 512 rows,
     # which near the memory's bandwidth at small H, only where dx keeps three quarters.
     while tile_rows > max(available // row_bytes // (4 if tile_rows > 512 else 2), MIN_TILE_ROWS):
