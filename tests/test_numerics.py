@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.gpu.step import statistics_of
 from grpo_fast.backends import float32_products
-from grpo_fast.backends.base import RowChunk, RowSlopes, Transform, get_backend, statistics_of
+from grpo_fast.backends.base import RowChunk, RowSlopes, Transform, get_backend
 from grpo_fast.backends.float32_products import add_product
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.loss import grpo_loss, policy_loss, token_logprobs

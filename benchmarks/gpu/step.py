@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from benchmarks.baselines import Outcome
 from benchmarks.baselines.implementations import own
@@ -19,6 +20,7 @@ from benchmarks.gpu.contest import Entry, complaint
 from benchmarks.gpu.exact import Exact
 from benchmarks.gpu.parts import Context
 from benchmarks.measure import floor_gemms
+from grpo_fast.backends.base import Backend, ObjectiveResults, RowChunk, RowObjective, RowStatistics
 from grpo_fast.ops.call import row_budget
 
 
@@ -114,3 +116,19 @@ def failures(found: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 def results(steps: list[Step], measured: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """Facts and times of each step; one that was not timed has its reason."""
     return {step.name: {**step.facts, **measured.get(step.name, {})} for step in steps}
+
+
+def statistics_of(engine: Backend, rows: RowChunk) -> RowStatistics:
+    """The statistics of rows, in memory of their own."""
+    out = RowStatistics(*(rows.logits.new_empty(rows.logits.shape[0]) for _ in range(3)))
+    engine.statistics(rows, out)
+    return out
+
+
+def objective_rows_of(
+    engine: Backend, rows: RowChunk, objective: RowObjective, *, dtype: torch.dtype, out: Tensor | None = None
+) -> tuple[Tensor, ObjectiveResults]:
+    """dx of rows and what `objective_rows` finds besides, in memory of its own."""
+    logprobs, entropy = (rows.logits.new_empty(rows.logits.shape[0]) for _ in range(2))
+    results = ObjectiveResults(logprobs, entropy, torch.empty_like(logprobs, dtype=torch.bool))
+    return engine.objective_rows(rows, objective, results, dtype=dtype, out=out), results

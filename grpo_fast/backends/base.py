@@ -329,22 +329,6 @@ class Backend(ABC):
         return None
 
 
-def statistics_of(engine: Backend, rows: RowChunk) -> RowStatistics:
-    """The statistics of rows, in memory of their own."""
-    out = RowStatistics(*(rows.logits.new_empty(rows.logits.shape[0]) for _ in range(3)))
-    engine.statistics(rows, out)
-    return out
-
-
-def objective_rows_of(
-    engine: Backend, rows: RowChunk, objective: RowObjective, *, dtype: torch.dtype, out: Tensor | None = None
-) -> tuple[Tensor, ObjectiveResults]:
-    """dx of rows and what `objective_rows` finds besides, in memory of its own."""
-    logprobs, entropy = (rows.logits.new_empty(rows.logits.shape[0]) for _ in range(2))
-    results = ObjectiveResults(logprobs, entropy, torch.empty_like(logprobs, dtype=torch.bool))
-    return engine.objective_rows(rows, objective, results, dtype=dtype, out=out), results
-
-
 @contextmanager
 def _autograd_inside_operator() -> Iterator[None]:
     """Record a graph inside a custom operator, which runs below autograd: the dispatcher hides it from there."""

@@ -20,8 +20,17 @@ from benchmarks.gpu.contest import Entry
 from benchmarks.gpu.exact import Exact
 from benchmarks.gpu.parts import Context, Task
 from benchmarks.gpu.parts.rows import objective_of
-from benchmarks.gpu.step import Step, batch_of, failures, gemm_entries, results, variant
-from grpo_fast.backends.base import RowChunk, Transform, get_backend, objective_rows_of, statistics_of
+from benchmarks.gpu.step import (
+    Step,
+    batch_of,
+    failures,
+    gemm_entries,
+    objective_rows_of,
+    results,
+    statistics_of,
+    variant,
+)
+from grpo_fast.backends.base import RowChunk, Transform, get_backend
 from grpo_fast.config import HeadConfig
 from grpo_fast.ops.call import row_budget
 

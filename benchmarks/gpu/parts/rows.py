@@ -23,15 +23,8 @@ from torch import Tensor
 from benchmarks.cases import OLD_DRIFT
 from benchmarks.gpu.contest import Entry
 from benchmarks.gpu.parts import Context, Task
-from grpo_fast.backends.base import (
-    RowChunk,
-    RowObjective,
-    RowSlopes,
-    Transform,
-    get_backend,
-    objective_rows_of,
-    statistics_of,
-)
+from benchmarks.gpu.step import objective_rows_of, statistics_of
+from grpo_fast.backends.base import RowChunk, RowObjective, RowSlopes, Transform, get_backend
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.objectives import Segments, Tokens
 
