@@ -1,8 +1,6 @@
 // grpo_fast._C: the native CPU functions for Python; their callers in grpo_fast/backends/cpu.py have checked the
 // arguments.
 
-#include <pybind11/stl.h>
-
 #include <sys/mman.h>
 #include <unistd.h>
 
@@ -56,15 +54,15 @@ void bind_rows(py::module_& m) {
       Unlocked(), "rows"_a, py::kw_only(), "lse"_a, "entropy"_a, "g"_a, "e"_a, "vocab_start"_a, "dtype"_a, "threads"_a);
   m.def(
       "row_objective",
-      [](const Rows& rows, const ObjectiveConfig& config, Address advantages, Address weights, Address old_logprobs,
+      [](const Rows& rows, const Objective& objective, Address advantages, Address weights, Address old_logprobs,
          Address ref_logprobs, Address sampling_logprobs, Address importance, float entropy_gradient, float grad_scale,
          DType dtype, Address logprobs, Address entropy, Address live, int threads) {
-        const RowTokens tokens =
-            row_tokens_at(advantages, weights, old_logprobs, ref_logprobs, sampling_logprobs, importance);
-        row_objective(rows, config, tokens, entropy_gradient, grad_scale, dtype, at<float>(logprobs),
+        const TokenArrays tokens =
+            token_arrays_at(advantages, weights, old_logprobs, ref_logprobs, sampling_logprobs, importance);
+        row_objective(rows, objective, tokens, entropy_gradient, grad_scale, dtype, at<float>(logprobs),
                       at<float>(entropy), at<uint8_t>(live), launch_on(threads));
       },
-      Unlocked(), "rows"_a, "config"_a, py::kw_only(), "advantages"_a, "weights"_a, "old_logprobs"_a, "ref_logprobs"_a,
+      Unlocked(), "rows"_a, "objective"_a, py::kw_only(), "advantages"_a, "weights"_a, "old_logprobs"_a, "ref_logprobs"_a,
       "sampling_logprobs"_a, "importance"_a, "entropy_gradient"_a, "grad_scale"_a, "dtype"_a, "logprobs"_a, "entropy"_a,
       "live"_a, "threads"_a);
 }

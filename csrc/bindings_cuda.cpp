@@ -38,17 +38,17 @@ void bind_rows(py::module_& m) {
       "dtype"_a, "device"_a, "stream"_a);
   m.def(
       "row_objective",
-      [](const Rows& rows, const ObjectiveConfig& config, Address advantages, Address weights, Address old_logprobs,
+      [](const Rows& rows, const Objective& objective, Address advantages, Address weights, Address old_logprobs,
          Address ref_logprobs, Address sampling_logprobs, Address importance, Address entropy_gradient,
          Address grad_scale, float grad_scale_value, Address dx, int64_t dx_stride, DType dtype, Address logprobs,
          Address entropy, Address live, int device, Address stream) {
-        const RowTokens tokens =
-            row_tokens_at(advantages, weights, old_logprobs, ref_logprobs, sampling_logprobs, importance);
-        row_objective_cuda(rows, config, tokens, {at<const float>(entropy_gradient), 0.0f},
+        const TokenArrays tokens =
+            token_arrays_at(advantages, weights, old_logprobs, ref_logprobs, sampling_logprobs, importance);
+        row_objective_cuda(rows, objective, tokens, {at<const float>(entropy_gradient), 0.0f},
                            {at<const float>(grad_scale), grad_scale_value}, {at<void>(dx), dx_stride, dtype},
                            at<float>(logprobs), at<float>(entropy), at<uint8_t>(live), queue_of(device, stream));
       },
-      Unlocked(), "rows"_a, "config"_a, py::kw_only(), "advantages"_a, "weights"_a, "old_logprobs"_a, "ref_logprobs"_a,
+      Unlocked(), "rows"_a, "objective"_a, py::kw_only(), "advantages"_a, "weights"_a, "old_logprobs"_a, "ref_logprobs"_a,
       "sampling_logprobs"_a, "importance"_a, "entropy_gradient"_a, "grad_scale"_a, "grad_scale_value"_a, "dx"_a,
       "dx_stride"_a, "dtype"_a, "logprobs"_a, "entropy"_a, "live"_a, "device"_a, "stream"_a,
       "entropy_gradient (0: zero) and grad_scale (0: grad_scale_value) are addresses of one float each.");

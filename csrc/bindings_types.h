@@ -2,6 +2,12 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <cstring>
+#include <iterator>
+#include <string>
+#include <vector>
 
 #include "group_cpu.h"
 #include "rows.h"
@@ -21,7 +27,7 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-inline RowTokens row_tokens_at(Address advantages, Address weights, Address old_logprobs, Address ref_logprobs,
+inline TokenArrays token_arrays_at(Address advantages, Address weights, Address old_logprobs, Address ref_logprobs,
                                Address sampling_logprobs, Address importance) {
   return {at<const float>(advantages),   at<const float>(weights),           at<const float>(old_logprobs),
           at<const float>(ref_logprobs), at<const float>(sampling_logprobs), at<const float>(importance)};
@@ -50,46 +56,48 @@ TokenBatch<Real> token_batch_at(Address cu_seqlens, int64_t num_sequences, int64
   return batch;
 }
 
+#define GRPO_FAST_NAME(name) #name,
+constexpr const char* kParameters[] = {GRPO_FAST_PARAMETERS(GRPO_FAST_NAME)};
+constexpr const char* kPolicies[] = {GRPO_FAST_POLICIES(GRPO_FAST_NAME)};
+constexpr const char* kKlEstimators[] = {GRPO_FAST_KL_ESTIMATORS(GRPO_FAST_NAME)};
+constexpr const char* kCorrections[] = {GRPO_FAST_CORRECTIONS(GRPO_FAST_NAME)};
+static_assert(sizeof(Parameters) == std::size(kParameters) * sizeof(double), "nothing but the parameters");
+
+// The enumerator of a name.
+template <typename Enum, size_t kCount>
+Enum named(const char* what, const std::string& name, const char* const (&known)[kCount]) {
+  std::string all;
+  for (size_t i = 0; i < kCount; ++i) {
+    if (name == known[i]) return static_cast<Enum>(i);
+    all += (i > 0 ? ", " : "") + std::string(known[i]);
+  }
+  throw py::value_error(std::string(what) + ": expected one of " + all + "; got '" + name + "'");
+}
+
+inline Objective objective_of(const std::string& policy, const std::string& kl, bool kl_times_ratio,
+                              const std::string& correction, const std::vector<double>& parameters) {
+  Objective out{named<PolicyTerm>("policy", policy, kPolicies), named<KlEstimator>("kl", kl, kKlEstimators),
+                named<Correction>("correction", correction, kCorrections), kl_times_ratio, {}};
+  if (parameters.size() != std::size(kParameters)) {
+    throw py::value_error("parameters: expected " + std::to_string(std::size(kParameters)) + " numbers; got " +
+                          std::to_string(parameters.size()));
+  }
+  std::memcpy(&out.parameters, parameters.data(), sizeof(Parameters));
+  return out;
+}
+
 inline void bind_types(py::module_& m) {
   py::enum_<DType>(m, "DType", py::module_local())
       .value("float32", DType::kFloat32)
       .value("bfloat16", DType::kBFloat16)
       .value("float16", DType::kFloat16)
       .value("float64", DType::kFloat64);
-  py::enum_<PolicyTerm>(m, "PolicyTerm", py::module_local())
-      .value("clipped", PolicyTerm::kClipped)
-      .value("cispo", PolicyTerm::kCispo)
-      .value("sapo", PolicyTerm::kSapo)
-      .value("dppo", PolicyTerm::kDppo)
-      .value("ppo_dual", PolicyTerm::kPpoDual)
-      .value("reinforce", PolicyTerm::kReinforce);
-  py::enum_<KlEstimator>(m, "KlEstimator", py::module_local())
-      .value("none", KlEstimator::kNone)
-      .value("k1", KlEstimator::kK1)
-      .value("k2", KlEstimator::kK2)
-      .value("k3", KlEstimator::kK3);
-  py::enum_<Correction>(m, "Correction", py::module_local())
-      .value("none", Correction::kNone)
-      .value("weight", Correction::kWeight)
-      .value("token_truncate", Correction::kTokenTruncate)
-      .value("token_mask", Correction::kTokenMask);
-  py::class_<ObjectiveConfig>(m, "ObjectiveConfig", py::module_local())
-      .def(py::init<>())
-      .def_readwrite("policy", &ObjectiveConfig::policy)
-      .def_readwrite("kl", &ObjectiveConfig::kl)
-      .def_readwrite("correction", &ObjectiveConfig::correction)
-      .def_readwrite("kl_times_ratio", &ObjectiveConfig::kl_times_ratio)
-      .def_readwrite("epsilon_low", &ObjectiveConfig::epsilon_low)
-      .def_readwrite("epsilon_high", &ObjectiveConfig::epsilon_high)
-      .def_readwrite("delta", &ObjectiveConfig::delta)
-      .def_readwrite("beta", &ObjectiveConfig::beta)
-      .def_readwrite("importance_min", &ObjectiveConfig::importance_min)
-      .def_readwrite("importance_max", &ObjectiveConfig::importance_max)
-      .def_readwrite("sapo_temperature_pos", &ObjectiveConfig::sapo_temperature_pos)
-      .def_readwrite("sapo_temperature_neg", &ObjectiveConfig::sapo_temperature_neg)
-      .def_readwrite("dppo_threshold", &ObjectiveConfig::dppo_threshold)
-      .def_readwrite("dppo_log_ratio_coef", &ObjectiveConfig::dppo_log_ratio_coef)
-      .def_readwrite("dual_clip", &ObjectiveConfig::dual_clip);
+  py::class_<Objective>(m, "Objective", py::module_local())
+      .def(py::init(&objective_of), py::kw_only(), "policy"_a, "kl"_a, "kl_times_ratio"_a, "correction"_a,
+           "parameters"_a, "parameters: numbers in the order of PARAMETERS. Raises ValueError for unknown names.");
+  py::list parameters;
+  for (const char* name : kParameters) parameters.append(name);
+  m.attr("PARAMETERS") = py::tuple(parameters);
   py::class_<Rows>(m, "Rows", py::module_local(), "Raw products [R, V] float32, and what turns them into logits.")
       .def(py::init([](Address logits, int64_t num_rows, int64_t num_columns, int64_t row_stride, Address targets,
                        Address bias, float logit_scale, float softcap, float temperature, Address row_temperature) {

@@ -1,30 +1,22 @@
-// The token objective, once for host and device: a token's loss term and its derivative in the current log-probability.
+// The token objective, once for host and device: a token's loss term and its slope in the current log-probability.
 //
 // Legend: p `logprob` of the current policy, o `old_logprob` (p held fixed where absent), r = p - o, w = e^r the ratio,
-// A `advantage`, mu `sampling_logprob` of the rollout engine, sg stop-gradient. Logs are natural (nats).
+// A `advantage`, mu `sampling_logprob` of the rollout engine. Logs are natural (nats).
 //
-//     term = importance * policy(p) + beta * kl(p)                  d_logprob = d term / d p
-//
-//     kClipped    -min(min(w, delta) A, clip(w, 1 - epsilon_low, 1 + epsilon_high) A)   grpo bnpo dr_grpo dapo luspo
-//     kCispo      -sg(min(w, epsilon_high)) A p
-//     kSapo       -A sigmoid(tau (w - 1)) 4 / tau,  tau by the sign of A
-//     kDppo       -A w, 0 where e^p - e^mu has left +-threshold on A's side;  + coef r^2
-//     kPpoDual    the clipped term, for A < 0 at most -dual_clip A
-//     kReinforce  -A p                                                                  reinforce rloo
-//
-//     kK1  p - ref        kK2  (p - ref)^2 / 2        kK3  e^(ref - p) - (ref - p) - 1        each times w if asked
-//
-//     importance: 1; a given weight; or e^(o - mu) held fixed, truncated to [min, max] or zeroed outside.
+//     term = importance * policy(p) + beta * kl(p)
 //
 // The twin of grpo_fast/objectives.py for objectives whose tokens do not see each other: weights, masks and sums over
-// tokens are the caller's. The conventions are that file's, not some version of torch's (2.14 changed clamp's): a clamp
-// has slope 1 inside and on its bounds, 0 outside; at a tie min gives half to each side; every path to p ends in a product
-// with w, so that 0 * inf is NaN here as it is there.
+// tokens are the caller's. A term is its formula over dual numbers, whose operations hold autograd's conventions.
+//
+// To add a token-local policy term: a function of `Terms` below, and its name in GRPO_FAST_POLICIES; likewise in
+// kernels/objective.py; numbers that it needs go to kernels/parameters.py.
 
 #pragma once
 
 #include <cmath>
 #include <cstdint>
+
+#include "parameters.h"
 
 #if defined(__CUDACC__)
 #define GRPO_FAST_INLINE __host__ __device__ __forceinline__
@@ -34,235 +26,166 @@
 
 namespace grpo_fast {
 
-enum class PolicyTerm : int32_t { kClipped, kCispo, kSapo, kDppo, kPpoDual, kReinforce };
-enum class KlEstimator : int32_t { kNone, kK1, kK2, kK3 };
-enum class Correction : int32_t {
-  kNone,
-  kWeight,         // TokenInputs::importance is the weight
-  kTokenTruncate,  // from o and mu, clamped to [importance_min, importance_max]
-  kTokenMask,      // from o and mu, 0 outside [importance_min, importance_max]
+#define GRPO_FAST_POLICIES(X) X(clipped) X(cispo) X(sapo) X(dppo) X(ppo_dual) X(reinforce)
+#define GRPO_FAST_KL_ESTIMATORS(X) X(none) X(k1) X(k2) X(k3)
+// weight: Token::importance; token_*: from o and mu, clamped to [importance_min, importance_max] or 0 outside.
+#define GRPO_FAST_CORRECTIONS(X) X(none) X(weight) X(token_truncate) X(token_mask)
+
+#define GRPO_FAST_ENUMERATOR(name) name,
+enum class PolicyTerm : int32_t { GRPO_FAST_POLICIES(GRPO_FAST_ENUMERATOR) };
+enum class KlEstimator : int32_t { GRPO_FAST_KL_ESTIMATORS(GRPO_FAST_ENUMERATOR) };
+enum class Correction : int32_t { GRPO_FAST_CORRECTIONS(GRPO_FAST_ENUMERATOR) };
+
+#define GRPO_FAST_FIELD(name) double name;
+struct Parameters {  // double like the Python floats they come from
+  GRPO_FAST_PARAMETERS(GRPO_FAST_FIELD)
 };
 
-// What was clipped, as metrics count it. Clipping follows the ratio after `delta` and the sign of A.
-enum TokenFlag : uint32_t {
-  kClippedLow = 1u << 0,    // w < 1 - epsilon_low,  A < 0
-  kClippedHigh = 1u << 1,   // w > 1 + epsilon_high, A > 0
-  kCispoClipped = 1u << 2,  // w > epsilon_high,     A > 0; kCispo only
-  kDropped = 1u << 3,       // outside the trust region; kDppo only
-};
-
-// Plain numbers, double like the Python floats they come from: 1 - epsilon is taken before it is rounded to float.
-struct ObjectiveConfig {
-  PolicyTerm policy = PolicyTerm::kClipped;
-  KlEstimator kl = KlEstimator::kNone;  // kNone iff beta is 0
-  Correction correction = Correction::kNone;
-  bool kl_times_ratio = true;
-  double epsilon_low = 0.2;
-  double epsilon_high = 0.2;
-  double delta = HUGE_VAL;  // infinite: no bound
-  double beta = 0.0;
-  double importance_min = -HUGE_VAL;
-  double importance_max = HUGE_VAL;
-  double sapo_temperature_pos = 1.0;
-  double sapo_temperature_neg = 1.05;
-  double dppo_threshold = 0.2;
-  double dppo_log_ratio_coef = 1e-3;
-  double dual_clip = 3.0;
+struct Objective {
+  PolicyTerm policy;
+  KlEstimator kl;  // none iff beta is 0
+  Correction correction;
+  bool kl_times_ratio;
+  Parameters parameters;
 };
 
 template <typename Real>
-struct BasicTokenInputs {
+struct Token {
   Real logprob = 0;
   Real old_logprob = 0;       // read if has_old
-  Real ref_logprob = 0;       // read unless kl is kNone
+  Real ref_logprob = 0;       // read unless the KL estimator is none
   Real sampling_logprob = 0;  // read if has_sampling; NaN: the engine does not know
-  Real importance = 1;        // read if correction is kWeight
+  Real importance = 1;        // read if the correction is weight
   Real advantage = 0;
   bool has_old = false;
   bool has_sampling = false;
 };
 
-template <typename Real>
-struct BasicTokenObjective {
-  Real term;
-  Real d_logprob;
-  Real ratio;       // w, before delta
-  Real clip_ratio;  // min(w, delta)
-  Real kl;          // times w if asked; before beta; 0 if kNone
-  Real importance;  // 1 if not corrected
-  uint32_t flags;   // TokenFlag, or-ed
-};
-
-using TokenInputs = BasicTokenInputs<float>;
-using TokenObjective = BasicTokenObjective<float>;
-
-namespace detail {
-
-// A function of p at one point.
-template <typename Real>
-struct Term {
-  Real value;
-  Real slope;
-};
-
 // NaN stays NaN.
 template <typename Real>
-GRPO_FAST_INLINE Real clamp(Real x, Real low, Real high) {
-  return x < low ? low : (x > high ? high : x);
+GRPO_FAST_INLINE Real clamp(Real x, double low, double high) {
+  const Real least = static_cast<Real>(low), most = static_cast<Real>(high);
+  return x < least ? least : (x > most ? most : x);
 }
 
-// NaN if either is.
+// A number and its slope in a variable; {x, 1} is the variable, {x, 0} or a plain Real is held fixed, as if detached.
 template <typename Real>
-GRPO_FAST_INLINE Real minimum(Real a, Real b) {
-  return std::isnan(a) || a < b ? a : b;
-}
+struct Dual {
+  Real value, slope;
 
-// d min(a, b) / da.
-template <typename Real>
-GRPO_FAST_INLINE Real minimum_share(Real a, Real b) {
-  return a == b ? Real(0.5) : (a > b ? Real(0) : Real(1));
-}
-
-template <typename Real>
-GRPO_FAST_INLINE Term<Real> clipped_term(const ObjectiveConfig& config, Real ratio, Real capped, Real advantage) {
-  const Real low = static_cast<Real>(1.0 - config.epsilon_low);
-  const Real high = static_cast<Real>(1.0 + config.epsilon_high);
-  const Real free_side = capped * advantage;
-  const Real clip_side = clamp(ratio, low, high) * advantage;
-  Real d_ratio = 0;
-  if (ratio <= static_cast<Real>(config.delta)) d_ratio += minimum_share(free_side, clip_side) * advantage;
-  if (ratio >= low && ratio <= high) d_ratio += minimum_share(clip_side, free_side) * advantage;
-  return {-minimum(free_side, clip_side), -d_ratio * ratio};
-}
-
-template <typename Real>
-GRPO_FAST_INLINE Term<Real> ppo_dual_term(const ObjectiveConfig& config, Real ratio, Real capped, Real advantage) {
-  const Term<Real> clipped = clipped_term(config, ratio, capped, advantage);
-  if (!(advantage < 0)) return clipped;
-  const Real bound = -static_cast<Real>(config.dual_clip) * advantage;
-  return {minimum(clipped.value, bound), minimum_share(clipped.value, bound) * clipped.slope};
-}
-
-template <typename Real>
-GRPO_FAST_INLINE Term<Real> cispo_term(const ObjectiveConfig& config, Real ratio, Real advantage, Real logprob) {
-  const Real bound = static_cast<Real>(config.epsilon_high);
-  const Real slope = -(ratio > bound ? bound : ratio) * advantage;
-  return {slope * logprob, slope};
-}
-
-template <typename Real>
-GRPO_FAST_INLINE Term<Real> sapo_term(const ObjectiveConfig& config, Real ratio, Real advantage) {
-  const Real tau = static_cast<Real>(advantage > 0 ? config.sapo_temperature_pos : config.sapo_temperature_neg);
-  const Real gate = 1 / (1 + std::exp(-tau * (ratio - 1)));
-  const Real scale = -4 / tau * advantage;
-  return {scale * gate, scale * ((1 - gate) * gate) * tau * ratio};
-}
-
-template <typename Real>
-GRPO_FAST_INLINE Term<Real> dppo_term(const ObjectiveConfig& config, const BasicTokenInputs<Real>& token, Real ratio,
-                                      Real log_ratio, uint32_t& flags) {
-  Real behaviour = token.logprob;  // nobody knows: no evidence of a difference
-  if (token.has_sampling) {
-    behaviour = token.sampling_logprob;
-  } else if (token.has_old) {
-    behaviour = token.old_logprob;
+  friend GRPO_FAST_INLINE Dual operator-(Dual x) { return {-x.value, -x.slope}; }
+  friend GRPO_FAST_INLINE Dual operator+(Dual a, Dual b) { return {a.value + b.value, a.slope + b.slope}; }
+  friend GRPO_FAST_INLINE Dual operator*(Real factor, Dual x) { return {factor * x.value, factor * x.slope}; }
+  friend GRPO_FAST_INLINE Dual square(Dual x) { return {x.value * x.value, 2 * x.value * x.slope}; }
+  friend GRPO_FAST_INLINE Dual sigmoid(Dual x) {
+    const Real gate = 1 / (1 + std::exp(-x.value));
+    return {gate, (1 - gate) * gate * x.slope};
   }
-  const Real gap = std::exp(token.logprob) - std::exp(behaviour);  // NaN passes no limit
-  const Real limit = static_cast<Real>(config.dppo_threshold);
-  const bool drop = token.advantage > 0 ? gap > limit : (token.advantage <= 0 && gap < -limit);
-  if (drop) flags |= kDropped;
-  const Real gain = drop ? Real(0) : -token.advantage;
-  const Real coef = static_cast<Real>(config.dppo_log_ratio_coef);
-  return {(drop ? Real(0) : gain * ratio) + coef * (log_ratio * log_ratio), gain * ratio + coef * (2 * log_ratio)};
-}
-
-template <typename Real>
-GRPO_FAST_INLINE Term<Real> kl_term(const ObjectiveConfig& config, Real logprob, Real ref_logprob, Real ratio) {
-  const Real difference = ref_logprob - logprob;
-  Real value = 0, slope = 0;
-  Real weighted_slope = 0;  // of kl * w, over w: slope + value, free of their common part
-  switch (config.kl) {
-    case KlEstimator::kNone:
-      return {0, 0};
-    case KlEstimator::kK1:
-      value = -difference;
-      slope = 1;
-      weighted_slope = 1 - difference;
-      break;
-    case KlEstimator::kK2:
-      value = difference * difference / 2;
-      slope = -difference;
-      weighted_slope = value - difference;
-      break;
-    case KlEstimator::kK3:
-      // expm1, not exp - 1: near the reference k3 is a small difference of numbers near 1.
-      slope = -std::expm1(difference);
-      value = -slope - difference;
-      weighted_slope = -difference;
-      break;
+  // e^x - 1 - x: by expm1, as near 0 it is a small difference of numbers near 1, and so is its slope.
+  friend GRPO_FAST_INLINE Dual exp_less_tangent(Dual x) {
+    const Real rise = std::expm1(x.value);
+    return {rise - x.value, rise * x.slope};
   }
-  if (config.kl_times_ratio) return {value * ratio, weighted_slope * ratio};
-  return {value, slope};
-}
+  // NaN if either is; at a tie each side gives half of its slope.
+  friend GRPO_FAST_INLINE Dual minimum(Dual a, Dual b) {
+    const Real from_a = a.value == b.value ? Real(0.5) : a.value > b.value ? Real(0) : Real(1);
+    const Real from_b = a.value == b.value ? Real(0.5) : b.value > a.value ? Real(0) : Real(1);
+    return {std::isnan(a.value) || a.value < b.value ? a.value : b.value, from_a * a.slope + from_b * b.slope};
+  }
+  // factor clamp(x). Inside and on the bounds the slope passes whole (a convention of our own: torch's clamp changed in
+  // 2.14), outside it is 0, even if the factor is infinite.
+  friend GRPO_FAST_INLINE Dual scaled_clamp(Real factor, Dual x, double low, double high) {
+    const bool outside = x.value < static_cast<Real>(low) || x.value > static_cast<Real>(high);
+    return {factor * clamp(x.value, low, high), outside ? Real(0) : factor * x.slope};
+  }
+  // f, whose slope is in x, as a function of what x has the slope `inner` in. The innermost factor comes last, as in
+  // autograd: a slope of 0 times an infinite ratio is NaN here as it is there.
+  friend GRPO_FAST_INLINE Dual chain(Dual f, Real inner) { return {f.value, f.slope * inner}; }
+};
+
+// The policy terms of a token, and what they may use.
+template <typename Real>
+struct Terms {
+  const Parameters& with;
+  Real logprob, log_ratio, ratio, advantage;
+  Real behaviour;  // logprob of the policy that sampled
+
+  // -min(min(w, delta) A, clip(w, 1 - epsilon, 1 + epsilon_high) A)
+  GRPO_FAST_INLINE Dual<Real> clipped() const {
+    const Dual<Real> w{ratio, 1};
+    return chain(-minimum(scaled_clamp(advantage, w, -HUGE_VAL, with.delta),
+                          scaled_clamp(advantage, w, with.clip_low, with.clip_high)), ratio);
+  }
+
+  // -min(w, epsilon_high) A p, but for p held fixed
+  GRPO_FAST_INLINE Dual<Real> cispo() const {
+    return -clamp(ratio, -HUGE_VAL, with.clip_bound) * advantage * Dual<Real>{logprob, 1};
+  }
+
+  // -4 / tau A sigmoid(tau (w - 1)), tau by the sign of A
+  GRPO_FAST_INLINE Dual<Real> sapo() const {
+    const Real tau = static_cast<Real>(advantage > 0 ? with.sapo_temperature_pos : with.sapo_temperature_neg);
+    return chain(chain(-4 / tau * advantage * sigmoid(Dual<Real>{tau * (ratio - 1), 1}), tau), ratio);
+  }
+
+  // -A w, 0 where e^p - e^mu has left +-threshold on A's side (NaN has not);  + coef r^2
+  GRPO_FAST_INLINE Dual<Real> dppo() const {
+    const Real gap = std::exp(logprob) - std::exp(behaviour), limit = static_cast<Real>(with.dppo_threshold);
+    const bool drop = advantage > 0 ? gap > limit : (advantage <= 0 && gap < -limit);
+    return chain(drop ? Dual<Real>{0, 0} : -advantage * Dual<Real>{ratio, 1}, ratio) +
+           static_cast<Real>(with.dppo_log_ratio_coef) * square(Dual<Real>{log_ratio, 1});
+  }
+
+  // the clipped term, for A < 0 at most -dual_clip A
+  GRPO_FAST_INLINE Dual<Real> ppo_dual() const {
+    return advantage < 0 ? minimum(clipped(), {-static_cast<Real>(with.dual_clip) * advantage, 0}) : clipped();
+  }
+
+  // -A p
+  GRPO_FAST_INLINE Dual<Real> reinforce() const { return -advantage * Dual<Real>{logprob, 1}; }
+
+  GRPO_FAST_INLINE Dual<Real> policy(PolicyTerm term) const {
+#define GRPO_FAST_CASE(name) case PolicyTerm::name: return name();
+    switch (term) { GRPO_FAST_POLICIES(GRPO_FAST_CASE) }
+    return {0, 0};
+  }
+
+  // k1  p - ref     k2  (p - ref)^2 / 2     k3  e^(ref - p) - (ref - p) - 1     times w if asked
+  GRPO_FAST_INLINE Dual<Real> kl(KlEstimator estimator, bool times_ratio, Real ref_logprob) const {
+    const Dual<Real> difference{ref_logprob - logprob, -1};
+    const Dual<Real> kl = estimator == KlEstimator::k1   ? -difference
+                          : estimator == KlEstimator::k2 ? Real(0.5) * square(difference)
+                                                         : exp_less_tangent(difference);
+    if (!times_ratio) return kl;
+    // d (kl w) / dp = (kl + dkl / dp) w; k3's two are free of their common part.
+    const Real sum = estimator == KlEstimator::k3 ? -difference.value : kl.value + kl.slope;
+    return {kl.value * ratio, sum * ratio};
+  }
+};
 
 template <typename Real>
-GRPO_FAST_INLINE Real importance_weight(const ObjectiveConfig& config, const BasicTokenInputs<Real>& token, Real old) {
-  if (config.correction == Correction::kWeight) return token.importance;
-  if (config.correction == Correction::kNone || !token.has_sampling) return 1;
+GRPO_FAST_INLINE Real importance_weight(const Objective& objective, const Token<Real>& token, Real old) {
+  const Parameters& with = objective.parameters;
+  if (objective.correction == Correction::weight) return token.importance;
+  if (objective.correction == Correction::none || !token.has_sampling) return 1;
   const Real difference = old - token.sampling_logprob;
   const Real weight = std::isnan(difference) ? Real(1) : std::exp(difference);
-  const Real low = static_cast<Real>(config.importance_min), high = static_cast<Real>(config.importance_max);
-  if (config.correction == Correction::kTokenTruncate) return clamp(weight, low, high);
-  return weight < low || weight > high ? Real(0) : weight;
+  const Real bounded = clamp(weight, with.importance_min, with.importance_max);
+  return objective.correction == Correction::token_truncate || bounded == weight ? bounded : Real(0);
 }
 
-}  // namespace detail
-
-// One unmasked token. `Real` is float in the kernels, double where derivatives are compared with differences.
+// The term of an unmasked token. `Real` is float in the kernels, double where slopes are compared with differences.
 template <typename Real>
-GRPO_FAST_INLINE BasicTokenObjective<Real> token_objective(const ObjectiveConfig& config,
-                                                           const BasicTokenInputs<Real>& token) {
-  const Real old = token.has_old ? token.old_logprob : token.logprob;
-  const Real log_ratio = token.logprob - old;
-  const Real ratio = std::exp(log_ratio);
-  const Real delta = static_cast<Real>(config.delta);
-  const Real capped = ratio > delta ? delta : ratio;
-  const Real advantage = token.advantage;
-
-  uint32_t flags = 0;
-  if (capped < static_cast<Real>(1.0 - config.epsilon_low) && advantage < 0) flags |= kClippedLow;
-  if (capped > static_cast<Real>(1.0 + config.epsilon_high) && advantage > 0) flags |= kClippedHigh;
-
-  detail::Term<Real> policy{};
-  switch (config.policy) {
-    case PolicyTerm::kClipped:
-      policy = detail::clipped_term(config, ratio, capped, advantage);
-      break;
-    case PolicyTerm::kCispo:
-      policy = detail::cispo_term(config, ratio, advantage, token.logprob);
-      if (ratio > static_cast<Real>(config.epsilon_high) && advantage > 0) flags |= kCispoClipped;
-      break;
-    case PolicyTerm::kSapo:
-      policy = detail::sapo_term(config, ratio, advantage);
-      break;
-    case PolicyTerm::kDppo:
-      policy = detail::dppo_term(config, token, ratio, log_ratio, flags);
-      break;
-    case PolicyTerm::kPpoDual:
-      policy = detail::ppo_dual_term(config, ratio, capped, advantage);
-      break;
-    case PolicyTerm::kReinforce:
-      policy = {-advantage * token.logprob, -advantage};
-      break;
-  }
-  const Real importance = detail::importance_weight(config, token, old);
-  if (config.correction != Correction::kNone) policy = {policy.value * importance, policy.slope * importance};
-  const detail::Term<Real> kl = detail::kl_term(config, token.logprob, token.ref_logprob, ratio);
-  if (config.kl != KlEstimator::kNone) {
-    const Real beta = static_cast<Real>(config.beta);
-    policy = {policy.value + beta * kl.value, policy.slope + beta * kl.slope};
-  }
-  return {policy.value, policy.slope, ratio, capped, kl.value, importance, flags};
+GRPO_FAST_INLINE Dual<Real> token_term(const Objective& objective, const Token<Real>& token) {
+  const Real old = token.has_old ? token.old_logprob : token.logprob, log_ratio = token.logprob - old;
+  const Real behaviour = token.has_sampling ? token.sampling_logprob : old;
+  const Terms<Real> terms{objective.parameters, token.logprob,   log_ratio,
+                          std::exp(log_ratio),  token.advantage, behaviour};
+  Dual<Real> term = terms.policy(objective.policy);
+  if (objective.correction != Correction::none) term = importance_weight(objective, token, old) * term;
+  if (objective.kl == KlEstimator::none) return term;
+  const Dual<Real> kl = terms.kl(objective.kl, objective.kl_times_ratio, token.ref_logprob);
+  return term + static_cast<Real>(objective.parameters.beta) * kl;
 }
 
 }  // namespace grpo_fast

@@ -40,12 +40,12 @@ class Resources:
 
 
 def kernel_name(mangled: str) -> str:
-    """`cluster objective bfloat16`, with `bent` where bias and soft cap are served; `advantages float`, ..."""
+    """`cluster objective bfloat16`, with `transform` where bias and soft cap are served; `advantages float`, ..."""
     row = _ROW_KERNEL.search(mangled)
     if row:
-        kind, pass_, is_bent, dtype = row.groups()
+        kind, pass_, transforms, dtype = row.groups()
         written = "" if pass_ == "0" else f" {DTYPES[int(dtype)]}"
-        return f"{kind} {PASSES[int(pass_)]}{written}{' bent' if is_bent == '1' else ''}"
+        return f"{kind} {PASSES[int(pass_)]}{written}{' transform' if transforms == '1' else ''}"
     group = _GROUP_KERNEL.search(mangled)
     if group is None:
         raise ValueError(f"mangled: expected a kernel of csrc/*.cu; got {mangled}")
@@ -130,7 +130,7 @@ HEADER = """\
 
 Registers a thread, as ptxas reports them; bytes a thread of stack and of spills, bytes a block of static shared
 memory (the most of any architecture). Cluster kernels also take dynamic shared memory, and exist on sm_90 and later
-only: elsewhere they are a trap that is never launched. `bent`: with bias or soft cap. Written by
+only: elsewhere they are a trap that is never launched. `transform`: with bias or soft cap. Written by
 `python csrc/resources.py`.
 
 {compiler}

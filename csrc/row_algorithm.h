@@ -46,8 +46,8 @@ struct RowTask {
   const float *given_lse, *given_entropy;   // [R] gradient pass
   const float *g, *e;                       // [R] gradient pass; e may be null
   int64_t vocab_start;                      // gradient pass: vocabulary index of column 0
-  ObjectiveConfig config;                   // objective pass, as are:
-  RowTokens tokens;
+  Objective objective;                      // objective pass, as are:
+  TokenArrays tokens;
   Scalar entropy_gradient, grad_scale;
   void* dx;           // [R, V]
   int64_t dx_stride;  // elements
@@ -111,13 +111,13 @@ inline RowTask gradient_task(const Rows& rows, const float* lse, const float* en
   return task;
 }
 
-inline RowTask objective_task(const Rows& rows, const ObjectiveConfig& config, const RowTokens& tokens,
+inline RowTask objective_task(const Rows& rows, const Objective& objective, const TokenArrays& tokens,
                               Scalar entropy_gradient, Scalar grad_scale, const DxOut& out, float* logprobs,
                               float* entropy, uint8_t* live) {
   RowTask task = row_task(rows);
   set_output(task, out);
   task.logprobs = logprobs, task.entropy = entropy, task.live = live;
-  task.config = config, task.tokens = tokens;
+  task.objective = objective, task.tokens = tokens;
   task.entropy_gradient = entropy_gradient, task.grad_scale = grad_scale;
   return task;
 }
@@ -129,13 +129,13 @@ struct alignas(16) Quad {
 // -- pieces of both kernels -------------------------------------------------------------------------------------------
 
 // Of one row, read before anything is written: its addresses and all that is not a logit.
-template <Pass kPass, bool kBent>
+template <Pass kPass, bool kTransform>
 struct RowFacts {
   const float* x;
   RowMap map;
   int64_t target;  // column; outside [0, V): none here
   float target_u;
-  TokenInputs token;
+  Token<float> token;
   float weight;
 
   template <class Lane>
@@ -146,24 +146,24 @@ struct RowFacts {
     // In the gradient pass the target's owner reads it when it is due: others might find dx there.
     target_u = kPass == Pass::kGradient || !here ? NAN : at(lane, target);
     if (kPass == Pass::kObjective) {
-      token = token_inputs(task.tokens, row);
+      token = token_of(task.tokens, row);
       weight = task.tokens.weights[row];
     }
   }
 
   template <class Lane>
   GRPO_FAST_INLINE float at(const Lane& lane, int64_t column) const {
-    return bent<kBent>(map, lane.read(x + column), kBent && map.bias != nullptr ? map.bias[column] : 0.0f);
+    return u_of<kTransform>(map, lane.read(x + column), kTransform && map.bias != nullptr ? map.bias[column] : 0.0f);
   }
 
   // u of a vector: raw products and the column that they begin at.
   template <class Lane>
-  GRPO_FAST_INLINE Quad bent_quad(const Lane& lane, const RowTask& task, Quad raw, int64_t column) const {
-    if (!kBent) return raw;
+  GRPO_FAST_INLINE Quad u_quad(const Lane& lane, const RowTask& task, Quad raw, int64_t column) const {
+    if (!kTransform) return raw;
     Quad bias{{0.0f, 0.0f, 0.0f, 0.0f}};
     if (map.bias != nullptr) bias = lane.read_quad(map.bias + column, task.wide_reads);
   GRPO_FAST_UNROLL
-    for (int i = 0; i < kVector; ++i) raw.v[i] = bent<kBent>(map, raw.v[i], bias.v[i]);
+    for (int i = 0; i < kVector; ++i) raw.v[i] = u_of<kTransform>(map, raw.v[i], bias.v[i]);
     return raw;
   }
 };
@@ -224,9 +224,9 @@ GRPO_FAST_INLINE Partial block_combined(Lane& lane, Partial p, Partial* slots) {
   return slots_combined(lane, slots, lane.threads() / kWarp);
 }
 
-template <Pass kPass, bool kBent>
-GRPO_FAST_INLINE RowStatistics recorded(const RowTask& task, const RowFacts<kPass, kBent>& facts, const Partial& p,
-                                        int64_t row, bool writes) {
+template <Pass kPass, bool kTransform>
+GRPO_FAST_INLINE RowStatistics recorded(const RowTask& task, const RowFacts<kPass, kTransform>& facts,
+                                        const Partial& p, int64_t row, bool writes) {
   const RowStatistics found = row_statistics_of(p, facts.target_u, facts.map.factor);
   if (writes) {
     task.logprobs[row] = found.logprob;
@@ -236,35 +236,35 @@ GRPO_FAST_INLINE RowStatistics recorded(const RowTask& task, const RowFacts<kPas
   return found;
 }
 
-template <Pass kPass, bool kBent>
-GRPO_FAST_INLINE Slopes objective_slopes(const RowTask& task, RowFacts<kPass, kBent>& facts, const RowStatistics& found,
-                                         int64_t row, bool writes) {
+template <Pass kPass, bool kTransform>
+GRPO_FAST_INLINE Coefficients objective_coefficients(const RowTask& task, RowFacts<kPass, kTransform>& facts,
+                                                     const RowStatistics& found, int64_t row, bool writes) {
   facts.token.logprob = found.logprob;
-  const float g = token_objective(task.config, facts.token).d_logprob * facts.weight;
+  const float g = token_term(task.objective, facts.token).slope * facts.weight;
   const float e = task.entropy_gradient.value(), scale = task.grad_scale.value();
   if (writes) task.live[row] = g != 0.0f || e != 0.0f;
-  return slopes_of(found.lse2, found.entropy, g * scale, e * scale, facts.map.chain);
+  return coefficients_of(found.lse2, found.entropy, g * scale, e * scale, facts.map.chain);
 }
 
 // Writes dx of a row. A thread's own writes stay in order, so the target's vector goes first and its column after it.
-template <DType kOut, Pass kPass, bool kBent>
+template <DType kOut, Pass kPass, bool kTransform>
 struct RowWriter {
   const RowTask& task;
-  const RowFacts<kPass, kBent>& facts;
-  const Slopes& slopes;
+  const RowFacts<kPass, kTransform>& facts;
+  const Coefficients& coefficients;
   int64_t start;  // element of dx at column 0
 
   template <class Lane>
   GRPO_FAST_INLINE void quad(const Lane& lane, Quad u, int64_t column) const {
   GRPO_FAST_UNROLL
-    for (int i = 0; i < kVector; ++i) u.v[i] = derivative<kBent>(facts.map, slopes, u.v[i]);
+    for (int i = 0; i < kVector; ++i) u.v[i] = derivative<kTransform>(facts.map, coefficients, u.v[i]);
     lane.template write_quad<kOut>(task.dx, start + column, u, task.wide_writes);
   }
 
   template <class Lane>
   GRPO_FAST_INLINE void column(const Lane& lane, float u, int64_t column) const {
-    const float dx = column == facts.target ? target_derivative<kBent>(facts.map, slopes, u)
-                                            : derivative<kBent>(facts.map, slopes, u);
+    const float dx = column == facts.target ? target_derivative<kTransform>(facts.map, coefficients, u)
+                                            : derivative<kTransform>(facts.map, coefficients, u);
     lane.template write<kOut>(task.dx, start + column, dx);
   }
 
@@ -289,13 +289,13 @@ GRPO_FAST_INLINE bool owns(const Lane& lane, const Part& part, int64_t target) {
 // -- one block a row --------------------------------------------------------------------------------------------------
 
 // The gradient of a row, its tiles last to first; the next tile's loads are under way while this one is written.
-template <DType kOut, Pass kPass, bool kBent, class Lane>
-GRPO_FAST_INLINE void stream_gradient(Lane& lane, const RowTask& task, const RowFacts<kPass, kBent>& facts,
-                                      const Slopes& slopes, const Part& part, float tail_u, int64_t row) {
-  const RowWriter<kOut, kPass, kBent> writer{task, facts, slopes, row * task.dx_stride};
+template <DType kOut, Pass kPass, bool kTransform, class Lane>
+GRPO_FAST_INLINE void stream_gradient(Lane& lane, const RowTask& task, const RowFacts<kPass, kTransform>& facts,
+                                      const Coefficients& coefficients, const Part& part, float tail_u, int64_t row) {
+  const RowWriter<kOut, kPass, kTransform> writer{task, facts, coefficients, row * task.dx_stride};
   const int step = lane.threads(), tile_vectors = kUnroll * step;
   const int64_t tail_column = int64_t(part.vectors) * kVector + lane.thread();
-  if (slopes.zero) return writer.clear(lane, part, tail_column);
+  if (coefficients.zero) return writer.clear(lane, part, tail_column);
   const bool owner = owns(lane, part, facts.target);
   float target_u = facts.target_u;
   if (kPass == Pass::kGradient && owner) target_u = facts.at(lane, facts.target);
@@ -318,7 +318,7 @@ GRPO_FAST_INLINE void stream_gradient(Lane& lane, const RowTask& task, const Row
     for (int k = 0; k < kUnroll; ++k) {
       const int i = first + k * step;
       const int64_t column = int64_t(i) * kVector;
-      if (i < part.vectors) writer.quad(lane, facts.bent_quad(lane, task, now[k], column), column);
+      if (i < part.vectors) writer.quad(lane, facts.u_quad(lane, task, now[k], column), column);
     }
   GRPO_FAST_UNROLL
     for (int k = 0; k < kUnroll; ++k) now[k] = next[k];
@@ -329,22 +329,22 @@ GRPO_FAST_INLINE void stream_gradient(Lane& lane, const RowTask& task, const Row
 }
 
 // `slots` [kWarp]: shared memory.
-template <Pass kPass, bool kBent, DType kOut, class Lane>
+template <Pass kPass, bool kTransform, DType kOut, class Lane>
 GRPO_FAST_INLINE void stream_row(Lane& lane, const RowTask& task, Partial* slots) {
   const int64_t row = lane.block(), columns = task.rows.num_columns;
-  RowFacts<kPass, kBent> facts(lane, task, row);
+  RowFacts<kPass, kTransform> facts(lane, task, row);
   const Part part{0, int(columns / kVector), int(columns % kVector)};
   const float tail_u = lane.thread() < part.tail ? facts.at(lane, columns - part.tail + lane.thread()) : 0.0f;
   if (kPass == Pass::kGradient) {
     const float e = task.e != nullptr ? task.e[row] : 0.0f;
-    const Slopes slopes = slopes_of(task.given_lse[row] * kLog2E, task.given_entropy[row], task.g[row], e,
-                                    facts.map.chain);
-    return stream_gradient<kOut>(lane, task, facts, slopes, part, tail_u, row);
+    const Coefficients coefficients =
+        coefficients_of(task.given_lse[row] * kLog2E, task.given_entropy[row], task.g[row], e, facts.map.chain);
+    return stream_gradient<kOut>(lane, task, facts, coefficients, part, tail_u, row);
   }
   Partial p = kNothing;
   const auto read = [&](int i) {
     const int64_t column = int64_t(i) * kVector;
-    return facts.bent_quad(lane, task, lane.read_quad(facts.x + column, task.wide_reads), column);
+    return facts.u_quad(lane, task, lane.read_quad(facts.x + column, task.wide_reads), column);
   };
   for (int tile = 0; tile * kUnroll * lane.threads() < part.vectors; ++tile) {
     absorb_tile(lane, p, tile, part, facts.map.factor, read);
@@ -354,8 +354,8 @@ GRPO_FAST_INLINE void stream_row(Lane& lane, const RowTask& task, Partial* slots
   const bool writes = lane.thread() == 0;
   const RowStatistics found = recorded(task, facts, p, row, writes);
   if (kPass == Pass::kStatistics) return;
-  const Slopes slopes = objective_slopes(task, facts, found, row, writes);
-  stream_gradient<kOut>(lane, task, facts, slopes, part, tail_u, row);
+  const Coefficients coefficients = objective_coefficients(task, facts, found, row, writes);
+  stream_gradient<kOut>(lane, task, facts, coefficients, part, tail_u, row);
 }
 
 }  // namespace grpo_fast

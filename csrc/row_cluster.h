@@ -122,16 +122,16 @@ GRPO_FAST_INLINE Partial cluster_combined(Lane& lane, const ClusterSplit& split,
 }
 
 // `consumed(chunk)` is called by all threads when a chunk of the row has been read for the last time.
-template <Pass kPass, bool kBent, DType kOut, class Lane, class Consumed>
+template <Pass kPass, bool kTransform, DType kOut, class Lane, class Consumed>
 GRPO_FAST_INLINE void cluster_row(Lane& lane, const RowTask& task, const ClusterSplit& split, const Part& part,
                                   int64_t row, int stage, int parity, int turn, Consumed consumed) {
-  RowFacts<kPass, kBent> facts(lane, task, row);
+  RowFacts<kPass, kTransform> facts(lane, task, row);
   const int64_t tail_column = task.rows.num_columns - part.tail + lane.thread();
   const float tail_u = lane.thread() < part.tail ? facts.at(lane, tail_column) : 0.0f;
   const Quad* held = lane.template shared<Quad>(0) + stage * split.part_vectors;
   uint64_t* full = lane.template shared<uint64_t>(split.barriers_at()) + stage * split.chunks;
   const auto column_of = [&](int i) { return int64_t(part.begin + i) * kVector; };
-  const auto read = [&](int i) { return facts.bent_quad(lane, task, lane.get(held + i), column_of(i)); };
+  const auto read = [&](int i) { return facts.u_quad(lane, task, lane.get(held + i), column_of(i)); };
 
   Partial p = kNothing;
   const int chunk_vectors = kUnroll * lane.threads();
@@ -146,11 +146,11 @@ GRPO_FAST_INLINE void cluster_row(Lane& lane, const RowTask& task, const Cluster
   const RowStatistics found = recorded(task, facts, p, row, writes);
   if (kPass == Pass::kStatistics) return;
 
-  const Slopes slopes = objective_slopes(task, facts, found, row, writes);
-  const RowWriter<kOut, kPass, kBent> writer{task, facts, slopes, row * task.dx_stride};
-  if (slopes.zero) writer.clear(lane, part, tail_column);
+  const Coefficients coefficients = objective_coefficients(task, facts, found, row, writes);
+  const RowWriter<kOut, kPass, kTransform> writer{task, facts, coefficients, row * task.dx_stride};
+  if (coefficients.zero) writer.clear(lane, part, tail_column);
   for (int chunk = 0; chunk * chunk_vectors < part.vectors; ++chunk) {
-    if (!slopes.zero) {
+    if (!coefficients.zero) {
       GRPO_FAST_UNROLL
       for (int k = 0; k < kUnroll; ++k) {
         const int i = chunk * chunk_vectors + k * lane.threads() + lane.thread();
@@ -159,12 +159,12 @@ GRPO_FAST_INLINE void cluster_row(Lane& lane, const RowTask& task, const Cluster
     }
     consumed(chunk);
   }
-  if (slopes.zero) return;
+  if (coefficients.zero) return;
   if (lane.thread() < part.tail) writer.column(lane, tail_u, tail_column);
   if (owns(lane, part, facts.target)) writer.column(lane, facts.target_u, facts.target);
 }
 
-template <Pass kPass, bool kBent, DType kOut, class Lane>
+template <Pass kPass, bool kTransform, DType kOut, class Lane>
 GRPO_FAST_INLINE void cluster_rows(Lane& lane, const RowTask& task, const ClusterSplit& split) {
   const Part part = part_of(lane, split, task.rows.num_columns);
   if (lane.thread() == 0) {
@@ -185,7 +185,7 @@ GRPO_FAST_INLINE void cluster_rows(Lane& lane, const RowTask& task, const Cluste
       lane.sync_block();
       fetch(lane, task, split, part, following, 0, chunk);
     };
-    cluster_row<kPass, kBent, kOut>(lane, task, split, part, row, stage, parity, use % 2, consumed);
+    cluster_row<kPass, kTransform, kOut>(lane, task, split, part, row, stage, parity, use % 2, consumed);
     if (more && !refills) lane.sync_block();  // the stage has been read: the row after the next may come
     row = following;
   }

@@ -162,13 +162,14 @@ GRPO_FAST_LOOP void clear_row(float* row, int64_t columns) {
   std::memset(static_cast<void*>(row), 0, static_cast<size_t>(columns) * (dtype == DType::kFloat32 ? 4 : 2));
 }
 
+// dx = p (tilt (log p + entropy) - hit) bend, and hit bend more at the target.
 template <DType dtype>
 GRPO_FAST_LOOP void gradient_body(float* row, const RowTransform& t, int64_t columns, int64_t target, float lse,
                                   float entropy, float g, float e) {
   if (g == 0.0f && e == 0.0f) return clear_row<dtype>(row, columns);
-  const float chain = t.logit_scale / t.temperature;
-  const float g_raw = g * chain, e_raw = e * chain;
-  const float uncap = t.softcap != 0.0f ? t.temperature / t.softcap : 0.0f;
+  const float chain = t.logit_scale / t.temperature;  // dz / dx but for the soft cap's share, bend = 1 - u^2
+  const float hit = g * chain, tilt = -(e * chain);
+  const float to_u = t.softcap != 0.0f ? t.temperature / t.softcap : 0.0f;
   alignas(64) float buffer[kBlock], dx[kBlock];
   for (int64_t start = 0; start < columns; start += kBlock) {
     const int64_t n = columns - start < kBlock ? columns - start : kBlock;
@@ -176,24 +177,23 @@ GRPO_FAST_LOOP void gradient_body(float* row, const RowTransform& t, int64_t col
     if (t.softcap != 0.0f) {
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
-        const float capped = z[i] * uncap;
-        const float logprob = exp_floor(z[i] - lse);
-        dx[i] = exp_within(logprob) * (-e_raw * (logprob + entropy) - g_raw) * (1.0f - capped * capped);
+        const float u = z[i] * to_u, log_p = exp_floor(z[i] - lse);
+        dx[i] = exp_within(log_p) * (tilt * (log_p + entropy) - hit) * (1.0f - u * u);
       }
     } else if (e != 0.0f) {
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
-        const float logprob = exp_floor(z[i] - lse);
-        dx[i] = exp_within(logprob) * (-e_raw * (logprob + entropy) - g_raw);
+        const float log_p = exp_floor(z[i] - lse);
+        dx[i] = exp_within(log_p) * (tilt * (log_p + entropy) - hit);
       }
     } else {
 #pragma omp simd
-      for (int64_t i = 0; i < n; ++i) dx[i] = exp_within(exp_floor(z[i] - lse)) * -g_raw;
+      for (int64_t i = 0; i < n; ++i) dx[i] = exp_within(exp_floor(z[i] - lse)) * -hit;
     }
     const int64_t local = target - start;
     if (local >= 0 && local < n) {
-      const float capped = z[local] * uncap;
-      dx[local] += g_raw * (1.0f - capped * capped);
+      const float u = z[local] * to_u;
+      dx[local] += hit * (1.0f - u * u);
     }
     store_block<dtype>(dx, start, n, row);
   }
@@ -299,7 +299,7 @@ void row_gradient(const Rows& rows, const float* lse, const float* entropy, cons
   }
 }
 
-void row_objective(const Rows& rows, const ObjectiveConfig& config, const RowTokens& tokens, float entropy_gradient,
+void row_objective(const Rows& rows, const Objective& objective, const TokenArrays& tokens, float entropy_gradient,
                    float grad_scale, DType dtype, float* logprobs, float* entropy, uint8_t* live, Launch launch) {
   const StatisticsFn statistics = statistics_for(launch.isa);
   const GradientFn gradient = gradient_for(launch.isa, dtype);
@@ -309,10 +309,9 @@ void row_objective(const Rows& rows, const ObjectiveConfig& config, const RowTok
     const RowTransform t = transform_of(rows, row);
     float* logits = rows.logits + row * rows.row_stride;
     const Statistics found = statistics(logits, t, rows.num_columns, rows.targets[row]);
-    TokenInputs inputs = token_inputs(tokens, row);
-    inputs.logprob = found.logprob;
-    const TokenObjective token = token_objective(config, inputs);
-    const float g = token.d_logprob * tokens.weights[row];
+    Token<float> token = token_of(tokens, row);
+    token.logprob = found.logprob;
+    const float g = token_term(objective, token).slope * tokens.weights[row];
     logprobs[row] = found.logprob;
     entropy[row] = found.entropy;
     live[row] = g != 0.0f || entropy_gradient != 0.0f;

@@ -36,7 +36,7 @@ void row_gradient(const Rows& rows, const float* lse, const float* entropy, cons
 // Statistics, the objective's derivative and dx in one visit of each row, for token-local objectives.
 //   entropy_gradient: dloss/dentropy, the same for every row. grad_scale: multiplies dx.
 //   live: [R], 1 where dx is not all zero.
-void row_objective(const Rows& rows, const ObjectiveConfig& config, const RowTokens& tokens, float entropy_gradient,
+void row_objective(const Rows& rows, const Objective& objective, const TokenArrays& tokens, float entropy_gradient,
                    float grad_scale, DType dtype, float* logprobs, float* entropy, uint8_t* live, Launch launch);
 
 }  // namespace grpo_fast

@@ -14,21 +14,21 @@ namespace grpo_fast {
 namespace {
 
 // Thread 0 to the last, one row. 64 registers a thread.
-template <Pass kPass, bool kBent, DType kOut>
+template <Pass kPass, bool kTransform, DType kOut>
 __global__ void __launch_bounds__(kStreamThreads, 1) stream_kernel(const __grid_constant__ RowTask task) {
   __shared__ Partial slots[kWarp];
   CudaLane lane{nullptr};
-  stream_row<kPass, kBent, kOut>(lane, task, slots);
+  stream_row<kPass, kTransform, kOut>(lane, task, slots);
 }
 
 // Persistent clusters, two blocks a multiprocessor: 64 registers a thread.
-template <Pass kPass, bool kBent, DType kOut>
+template <Pass kPass, bool kTransform, DType kOut>
 __global__ void __launch_bounds__(kClusterThreads, 2)
     cluster_kernel(const __grid_constant__ RowTask task, const __grid_constant__ ClusterSplit split) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   extern __shared__ __align__(128) unsigned char shared_memory[];
   CudaLane lane{shared_memory};
-  cluster_rows<kPass, kBent, kOut>(lane, task, split);
+  cluster_rows<kPass, kTransform, kOut>(lane, task, split);
 #else
   __trap();  // the launcher asks the device first
 #endif
@@ -81,7 +81,7 @@ int resident_clusters(Kernel kernel, int device, const LaunchShape& shape) {
   return known[key] = std::max(clusters, 1);
 }
 
-template <Pass kPass, bool kBent, DType kOut>
+template <Pass kPass, bool kTransform, DType kOut>
 void launch_rows(const RowTask& task, CudaQueue queue) {
   LaunchShape shape = described(kPass, task, kOut);
   const CurrentDevice current(queue.device, shape);
@@ -90,27 +90,27 @@ void launch_rows(const RowTask& task, CudaQueue queue) {
     if (split.ranks > 0) {
       shape.threads = split.threads, shape.cluster = split.ranks, shape.shared_bytes = split.shared_bytes;
       shape.blocks = split.ranks;  // what occupancy is asked for; then as many as there are, or rows
-      const int64_t resident = resident_clusters(cluster_kernel<kPass, kBent, kOut>, queue.device, shape);
+      const int64_t resident = resident_clusters(cluster_kernel<kPass, kTransform, kOut>, queue.device, shape);
       shape.blocks = split.ranks * std::min<int64_t>(resident, task.rows.num_rows);
-      return launch(cluster_kernel<kPass, kBent, kOut>, shape, queue.stream, task, split);
+      return launch(cluster_kernel<kPass, kTransform, kOut>, shape, queue.stream, task, split);
     }
   }
   shape.threads = threads_for(task.rows.num_columns / kVector, kStreamThreads);
   shape.blocks = task.rows.num_rows;
-  launch(stream_kernel<kPass, kBent, kOut>, shape, queue.stream, task);
+  launch(stream_kernel<kPass, kTransform, kOut>, shape, queue.stream, task);
 }
 
 template <Pass kPass, DType kOut>
-void launch_bent(const RowTask& task, CudaQueue queue) {
-  const bool is_bent = task.rows.bias != nullptr || task.rows.softcap != 0.0f;
-  (is_bent ? launch_rows<kPass, true, kOut> : launch_rows<kPass, false, kOut>)(task, queue);
+void launch_transform(const RowTask& task, CudaQueue queue) {
+  const bool transforms = task.rows.bias != nullptr || task.rows.softcap != 0.0f;
+  (transforms ? launch_rows<kPass, true, kOut> : launch_rows<kPass, false, kOut>)(task, queue);
 }
 
 template <Pass kPass>
 void launch_dtype(const RowTask& task, DType dtype, CudaQueue queue) {
-  if (dtype == DType::kBFloat16) return launch_bent<kPass, DType::kBFloat16>(task, queue);
-  if (dtype == DType::kFloat16) return launch_bent<kPass, DType::kFloat16>(task, queue);
-  launch_bent<kPass, DType::kFloat32>(task, queue);
+  if (dtype == DType::kBFloat16) return launch_transform<kPass, DType::kBFloat16>(task, queue);
+  if (dtype == DType::kFloat16) return launch_transform<kPass, DType::kFloat16>(task, queue);
+  launch_transform<kPass, DType::kFloat32>(task, queue);
 }
 
 }  // namespace
@@ -125,7 +125,7 @@ RowLaunch row_launch(int device, int64_t num_columns) {
 
 void row_statistics_cuda(const Rows& rows, float* logprobs, float* entropy, float* lse, CudaQueue queue) {
   const RowTask task = statistics_task(rows, logprobs, entropy, lse);
-  if (rows.num_rows > 0) launch_bent<Pass::kStatistics, DType::kFloat32>(task, queue);
+  if (rows.num_rows > 0) launch_transform<Pass::kStatistics, DType::kFloat32>(task, queue);
 }
 
 void row_gradient_cuda(const Rows& rows, const float* lse, const float* entropy, const float* g, const float* e,
@@ -134,11 +134,11 @@ void row_gradient_cuda(const Rows& rows, const float* lse, const float* entropy,
   if (rows.num_rows > 0) launch_dtype<Pass::kGradient>(task, out.dtype, queue);
 }
 
-void row_objective_cuda(const Rows& rows, const ObjectiveConfig& config, const RowTokens& tokens,
+void row_objective_cuda(const Rows& rows, const Objective& objective, const TokenArrays& tokens,
                         Scalar entropy_gradient, Scalar grad_scale, const DxOut& out, float* logprobs, float* entropy,
                         uint8_t* live, CudaQueue queue) {
   const RowTask task =
-      objective_task(rows, config, tokens, entropy_gradient, grad_scale, out, logprobs, entropy, live);
+      objective_task(rows, objective, tokens, entropy_gradient, grad_scale, out, logprobs, entropy, live);
   if (rows.num_rows > 0) launch_dtype<Pass::kObjective>(task, out.dtype, queue);
 }
 

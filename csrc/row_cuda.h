@@ -61,7 +61,7 @@ void row_gradient_cuda(const Rows& rows, const float* lse, const float* entropy,
 
 // Statistics, the objective's derivative and dx, for token-local objectives. entropy_gradient: dloss/dentropy, the same
 // for every row. grad_scale: multiplies dx. live: [R], 1 where dx is not all 0.
-void row_objective_cuda(const Rows& rows, const ObjectiveConfig& config, const RowTokens& tokens,
+void row_objective_cuda(const Rows& rows, const Objective& objective, const TokenArrays& tokens,
                         Scalar entropy_gradient, Scalar grad_scale, const DxOut& out, float* logprobs, float* entropy,
                         uint8_t* live, CudaQueue queue);
 

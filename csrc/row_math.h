@@ -64,10 +64,10 @@ GRPO_FAST_INLINE RowMap row_map(const Rows& rows, int64_t row) {
           (capped ? rows.softcap / temperature : chain) * kLog2E, chain};
 }
 
-// kBent: there may be a bias or a soft cap; otherwise u is x.
-template <bool kBent>
-GRPO_FAST_INLINE float bent(const RowMap& map, float x, float bias) {
-  if (!kBent) return x;
+// kTransform: there may be a bias or a soft cap; otherwise u is x.
+template <bool kTransform>
+GRPO_FAST_INLINE float u_of(const RowMap& map, float x, float bias) {
+  if (!kTransform) return x;
   x = x + bias;
   return map.inward != 0.0f ? std::tanh(x * map.inward) : x;
 }
@@ -119,32 +119,32 @@ GRPO_FAST_INLINE RowStatistics row_statistics_of(const Partial& p, float target_
 
 // -- gradient ---------------------------------------------------------------------------------------------------------
 
-// dx = p (level + tilt log2 p) * bend, and `hit` * bend more at the target; bend is 1 - u^2 under a soft cap.
-struct Slopes {
+// dx = p (level + tilt log2 p) bend, and hit bend more at the target; bend is 1 - u^2 under a soft cap, else 1.
+struct Coefficients {
   float lse2, level, tilt, hit;
   bool zero;  // the whole row is
 };
 
-GRPO_FAST_INLINE Slopes slopes_of(float lse2, float entropy, float g, float e, float chain) {
+GRPO_FAST_INLINE Coefficients coefficients_of(float lse2, float entropy, float g, float e, float chain) {
   const float hit = g * chain, bonus = e * chain;
   return {lse2, e == 0.0f ? -hit : std::fma(-bonus, entropy, -hit), -bonus * kLn2, hit, g == 0.0f && e == 0.0f};
 }
 
-template <bool kBent>
+template <bool kTransform>
 GRPO_FAST_INLINE float bend(const RowMap& map, float u) {
-  return kBent && map.inward != 0.0f ? std::fma(-u, u, 1.0f) : 1.0f;
+  return kTransform && map.inward != 0.0f ? std::fma(-u, u, 1.0f) : 1.0f;
 }
 
-template <bool kBent>
-GRPO_FAST_INLINE float derivative(const RowMap& map, const Slopes& slopes, float u) {
-  const float log2_p = at_least(std::fma(u, map.factor, -slopes.lse2), kVanishing);
-  const float dx = exp2_fast(log2_p) * std::fma(slopes.tilt, log2_p, slopes.level);
-  return kBent ? dx * bend<kBent>(map, u) : dx;
+template <bool kTransform>
+GRPO_FAST_INLINE float derivative(const RowMap& map, const Coefficients& coefficients, float u) {
+  const float log2_p = at_least(std::fma(u, map.factor, -coefficients.lse2), kVanishing);
+  const float dx = exp2_fast(log2_p) * std::fma(coefficients.tilt, log2_p, coefficients.level);
+  return kTransform ? dx * bend<kTransform>(map, u) : dx;
 }
 
-template <bool kBent>
-GRPO_FAST_INLINE float target_derivative(const RowMap& map, const Slopes& slopes, float u) {
-  return derivative<kBent>(map, slopes, u) + slopes.hit * bend<kBent>(map, u);
+template <bool kTransform>
+GRPO_FAST_INLINE float target_derivative(const RowMap& map, const Coefficients& coefficients, float u) {
+  return derivative<kTransform>(map, coefficients, u) + coefficients.hit * bend<kTransform>(map, u);
 }
 
 }  // namespace grpo_fast

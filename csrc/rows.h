@@ -1,4 +1,4 @@
-// A chunk of logits and what is known of each row: what the CPU's and the GPU's row functions take.
+// Rows of logits and what is known of each token: what the CPU's and the GPU's row functions take.
 //
 // Legend: R rows, V columns. For row t with raw product x_t:
 //   z_t = softcap tanh(logit_scale (x_t + bias) / softcap) / temperature_t
@@ -27,8 +27,8 @@ struct Rows {
   const float* row_temperature;  // [R] or null
 };
 
-// What the objective knows of each row besides its logits; null where absent.
-struct RowTokens {
+// What the objective knows of the rows' tokens besides their logits; null where absent.
+struct TokenArrays {
   const float* advantages;         // [R]
   const float* weights;            // [R] weight of the row's term in the loss
   const float* old_logprobs;       // [R] or null
@@ -37,17 +37,17 @@ struct RowTokens {
   const float* importance;         // [R] or null
 };
 
-// The objective's inputs of a row, but for its own logprob.
-GRPO_FAST_INLINE TokenInputs token_inputs(const RowTokens& tokens, int64_t row) {
-  TokenInputs in{};
-  in.advantage = tokens.advantages[row];
-  in.has_old = tokens.old_logprobs != nullptr;
-  in.has_sampling = tokens.sampling_logprobs != nullptr;
-  in.old_logprob = in.has_old ? tokens.old_logprobs[row] : 0.0f;
-  in.ref_logprob = tokens.ref_logprobs != nullptr ? tokens.ref_logprobs[row] : 0.0f;
-  in.sampling_logprob = in.has_sampling ? tokens.sampling_logprobs[row] : 0.0f;
-  in.importance = tokens.importance != nullptr ? tokens.importance[row] : 1.0f;
-  return in;
+// The token of a row, but for its own logprob.
+GRPO_FAST_INLINE Token<float> token_of(const TokenArrays& tokens, int64_t row) {
+  Token<float> token;
+  token.advantage = tokens.advantages[row];
+  token.has_old = tokens.old_logprobs != nullptr;
+  token.has_sampling = tokens.sampling_logprobs != nullptr;
+  if (token.has_old) token.old_logprob = tokens.old_logprobs[row];
+  if (token.has_sampling) token.sampling_logprob = tokens.sampling_logprobs[row];
+  if (tokens.ref_logprobs != nullptr) token.ref_logprob = tokens.ref_logprobs[row];
+  if (tokens.importance != nullptr) token.importance = tokens.importance[row];
+  return token;
 }
 
 }  // namespace grpo_fast

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from grpo_fast.backends.groups import native_group_advantages
+from grpo_fast.backends.base import group_functions, resolve_backend
 from grpo_fast.config import require_choice
 
 SCALES = ("group", "batch", "none", "leave_one_out")
@@ -65,11 +65,10 @@ def group_advantages(
     if aggregation == "normalize_then_sum" and scale not in ("group", "batch"):
         raise ValueError(f"scale: normalize_then_sum z-scores by group and batch; expected group, got {scale!r}")
     labels, order = (None, None) if group_ids is None else group_ids.sort(stable=True)
-    native = native_group_advantages(
-        table, factors, group_size=group_size, order=order, labels=labels, scale=scale, aggregation=aggregation
-    )
+    native = group_functions(table, resolve_backend("auto", table.device))
     if native is not None:
-        return native
+        given = {"factors": factors, "group_size": group_size, "order": order, "labels": labels}
+        return native.advantages(table, **given, scale=scale, aggregation=aggregation)
     if group_size is not None:
         groups = _Groups.equal(table.shape[0], group_size, table.device)
     else:

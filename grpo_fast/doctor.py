@@ -20,11 +20,11 @@ from torch import Tensor
 from grpo_fast import __version__
 from grpo_fast.backends import cpu as cpu_backend
 from grpo_fast.backends import cuda as cuda_backend
-from grpo_fast.backends.base import backend_names, get_backend, resolve_backend
+from grpo_fast.backends.base import BackendName, backend_names, get_backend, resolve_backend
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.install import install_command
 from grpo_fast.loss import grpo_loss
-from grpo_fast.ops.planner import least_workspace_bytes
+from grpo_fast.ops.call import workspace_for
 from grpo_fast.reference import reference_loss
 
 BOUNDS = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -59,7 +59,7 @@ def doctor() -> tuple[list[str], bool]:
     return lines, sound
 
 
-def examine(name: str, device: torch.device) -> Verdict:
+def examine(name: BackendName, device: torch.device) -> Verdict:
     """Run a small loss through the backend and compare it with the oracle."""
     reason = get_backend(name).why_unavailable(device)
     if reason is not None:
@@ -83,7 +83,7 @@ def examine(name: str, device: torch.device) -> Verdict:
 
 
 def compare(
-    name: str, device: torch.device, dtype: torch.dtype, *, several_chunks: bool = False
+    name: BackendName, device: torch.device, dtype: torch.dtype, *, several_chunks: bool = False
 ) -> dict[str, tuple[float, float]]:
     """Relative RMS errors of loss, logprobs and gradients against the oracle on the same inputs, with their bounds."""
     given = _inputs(device, dtype)
@@ -101,7 +101,7 @@ def compare(
         old_logprobs=given["old_logprobs"],
         ref_logprobs=given["ref_logprobs"],
         # The least: a third of the rows at a time.
-        workspace_bytes=least_workspace_bytes(name, VOCAB, dtype, device) if several_chunks else None,
+        workspace_bytes=workspace_for(name, VOCAB, dtype, device) if several_chunks else None,
     )
     out.loss.backward()
     oracle = reference_loss(

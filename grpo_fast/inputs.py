@@ -11,21 +11,29 @@ import math
 import numbers
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 
-from grpo_fast.backends.base import resolve_backend
-from grpo_fast.backends.devices import is_traced, traits
-from grpo_fast.backends.groups import ActiveRows
+from grpo_fast.backends.base import group_functions, is_traced, resolve_backend
+from grpo_fast.backends.devices import TRAITS
 from grpo_fast.config import HeadConfig, LossConfig
-from grpo_fast.objectives import Tokens, importance_weight
-from grpo_fast.packing import Segments
-from grpo_fast.rows import looks_at_sequences, token_rows
+from grpo_fast.objectives import (
+    Segments,
+    Tokens,
+    aggregation_name,
+    default_normalizer,
+    importance_weight,
+    needs_every_row,
+    slope_scope,
+    token_weights,
+)
+from grpo_fast.ops.call import ActiveRows
 
+PLAIN_HEAD = HeadConfig()
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -33,7 +41,7 @@ def checks_values(tensor: Tensor) -> bool:
     """Whether checks may read values of `tensor` back."""
     if is_traced(tensor):
         return False
-    return not traits(tensor.device).asynchronous or os.environ.get("GRPO_FAST_DEBUG", "0") not in ("", "0")
+    return not TRAITS[tensor.device.type].asynchronous or os.environ.get("GRPO_FAST_DEBUG", "0") not in ("", "0")
 
 
 def check_tensor(
@@ -100,7 +108,7 @@ def split_head(
     if whole is None:
         if weight is None:
             raise ValueError("weight: expected a tensor [V, H], or a Head in its place or as head=; got None")
-        return cast(Tensor, weight), bias, HeadConfig() if head is None else cast(HeadConfig, head)
+        return cast(Tensor, weight), bias, PLAIN_HEAD if head is None else cast(HeadConfig, head)
     if whole is weight and head is not None and head is not whole:
         raise ValueError("head: expected none besides the Head that stands for weight, bias and config; got one")
     if whole is not weight and weight is not None and weight is not whole.weight:
@@ -358,9 +366,10 @@ def token_inputs(
     if tokens.old_logprobs is not None:
         tokens.importance = importance_weight(tokens.old_logprobs, tokens, config)
     backend = resolve_backend("auto", device) if backend is None else backend
-    rows = token_rows(tokens, config, normalizer, masked=masked, per_token=per_token, backend=backend)
-    tokens.advantages = rows.advantages
-    return TokenInputs(tokens, rows.weights, rows.active, per_token, normalizer is not None)
+    weights, tokens.advantages, active = token_rows(
+        tokens, config, normalizer, masked=masked, per_token=per_token, backend=backend
+    )
+    return TokenInputs(tokens, weights, active, per_token, normalizer is not None)
 
 
 def _segments(cu_seqlens: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Segments:
@@ -435,3 +444,83 @@ def _check_needed(config: LossConfig, logprobs: dict[str, Tensor | None]) -> Non
             f"sampling_logprobs: expected a tensor, as importance_sampling_mode is "
             f"{config.importance_sampling_mode!r}; got None"
         )
+
+
+# -- what each token carries, and which rows of the LM head are computed ----------------------------------------------
+
+
+def looks_at_sequences(config: LossConfig) -> bool:
+    """Whether the loss depends on where sequences end."""
+    return (
+        aggregation_name(config) != "token_mean"
+        or slope_scope(replace(config, top_entropy_quantile=1.0), has_old=True) != "row"
+        or (config.importance_sampling_mode or "").startswith("sequence")
+    )
+
+
+def token_rows(
+    tokens: Tokens,
+    config: LossConfig,
+    normalizer: Tensor | float | None,
+    *,
+    masked: bool,
+    per_token: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, ActiveRows | None]:
+    """Weights `[T]` and advantages `[T]` of the tokens, 0 where masked, and the rows to compute, None for all.
+
+    Left out are masked rows and, unless something needs them, rows whose gradient is known to be zero: zero advantage,
+    or a masked train/inference correction. An objective that couples a sequence's tokens keeps or drops it whole; the
+    others a backend may serve in one pass of native code, by the same arithmetic.
+
+    Args:
+        tokens: with advantages as the caller gave them: `[S]`, or if `per_token` `[T]` with anything where masked.
+        normalizer: replaces the loss type's denominator.
+        masked: whether `tokens.mask` can hold a False at all.
+        backend: the name of the one that computes the rows.
+    """
+    advantages, mask, segments = tokens.advantages, tokens.mask, tokens.segments
+    every_row = needs_every_row(config)
+    coupled = slope_scope(config, has_old=tokens.old_logprobs is not None) != "row"
+    ambiguous = per_token and segments.num_sequences == segments.num_tokens  # native code goes by sizes
+    native = None if coupled or ambiguous or not segments.num_tokens else group_functions(advantages, backend)
+    if native is not None:
+        if normalizer is None and config.record.aggregation == "constant_length":
+            normalizer = default_normalizer(config, mask, segments).clamp(min=1)
+        if normalizer is not None and not (isinstance(normalizer, Tensor) and normalizer.device == mask.device):
+            # A fill: copying the host's number over would wait for a GPU.
+            normalizer = torch.full((), float(normalizer), dtype=torch.float64, device=mask.device)
+        weights, spread = (advantages.new_empty(segments.num_tokens) for _ in range(2))
+        rows, count = torch.empty_like(mask, dtype=torch.int64), mask.new_empty((), dtype=torch.int64)
+        active = ActiveRows(torch.empty_like(mask), (rows, count))
+        native.token_rows(
+            advantages.contiguous(),
+            segments.cu_seqlens.contiguous(),
+            mask=mask if masked else None,
+            importance=tokens.importance,
+            normalizer=normalizer,
+            aggregation=aggregation_name(config),
+            every_row=every_row,
+            weights=weights,
+            token_advantages=spread,
+            active=active.mask,
+            rows=rows,
+            num_active=count,
+        )
+    else:
+        spread = torch.where(mask, advantages if per_token else segments.spread(advantages), 0.0)
+        weights = token_weights(config, mask, segments, normalizer, spread.dtype)
+        active = ActiveRows(_active_mask(tokens, spread, config, every_row=every_row, coupled=coupled))
+    return weights, spread, active if masked or not every_row else None
+
+
+def _active_mask(tokens: Tokens, advantages: Tensor, config: LossConfig, *, every_row: bool, coupled: bool) -> Tensor:
+    """The rows to compute, `[T]` bool."""
+    if every_row:
+        return tokens.mask
+    live = tokens.mask & (advantages != 0)
+    if tokens.importance is not None and "importance" not in config.record.reads:
+        live = live & (tokens.importance != 0)
+    if coupled:
+        live = tokens.mask & tokens.segments.spread(tokens.segments.sum(live) > 0)
+    return live

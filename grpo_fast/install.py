@@ -1,10 +1,12 @@
-"""The command that installs this package once more, from where it came: error texts and `doctor` say it."""
+"""How to install what is missing, from where this package came; and its extension modules, where they are built."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 NAME = "grpo-fast"
@@ -24,6 +26,22 @@ def install_command(extra: str = "") -> str:
     if "://" in origin:
         return f"pip install '{NAME}{suffix} @ {origin}'"
     return f"pip install {'-e ' * editable}'{origin}{suffix}'"
+
+
+def load_module(name: str) -> tuple[Any, str]:
+    """(the extension module, "") or, where it is not built, (None, why not)."""
+    try:
+        return import_module(name), ""
+    except ImportError as error:
+        return None, str(error)
+
+
+def not_built(name: str, missing: str, needs: str, variable: str) -> str:
+    """What to say of a module that did not load."""
+    return (
+        f"{name} is not built ({missing}); install grpo-fast again where there is {needs} "
+        f"({variable}=1 {install_command()} shows why it fails)"
+    )
 
 
 def _origin() -> tuple[str | None, bool]:

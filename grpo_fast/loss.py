@@ -17,8 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.backends.base import resolve_backend
-from grpo_fast.backends.groups import ActiveRows
+from grpo_fast.backends.base import BackendName, resolve_backend
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.inputs import (
     HeadLike,
@@ -37,8 +36,9 @@ from grpo_fast.inputs import (
     token_mask,
 )
 from grpo_fast.metrics import Metrics, collect_metrics
-from grpo_fast.objectives import Terms, couples_sequences, couples_tokens, objective, total_loss
-from grpo_fast.ops.launch import HeadLaunch, computed_tokens
+from grpo_fast.objectives import Terms, objective, slope_scope, total_loss
+from grpo_fast.ops.call import ActiveRows, HeadCall, PlanName
+from grpo_fast.ops.operators import head_logprobs, head_objective, with_gradients
 
 __all__ = [
     "HeadConfig",
@@ -96,8 +96,8 @@ def token_logprobs(
     loss_mask: Tensor | None = None,
     ignore_index: int | None = -100,
     main_grad: Tensor | None = None,
-    backend: str = "auto",
-    plan: str = "auto",
+    backend: BackendName = "auto",
+    plan: PlanName = "auto",
     workspace_bytes: int | None = None,
 ) -> TokenLogprobs:
     """Log-probabilities of `targets` and entropies, without logits in memory.
@@ -136,14 +136,12 @@ def token_logprobs(
     temperature = _one_temperature(temperature, config)
     check_temperature(temperature, shape, hidden.device)
     check_main_grad(main_grad, weight)
-    backend = resolve_backend(backend, hidden.device)
+    engine = resolve_backend(backend, hidden.device, hidden.dtype)
     mask, masked = token_mask(loss_mask, targets, ignore_index, shape, hidden)
+    check_target_range(targets.reshape(-1), mask if masked else None, weight.shape[0])
     active = ActiveRows(mask) if masked else None
-    flat_targets = targets.reshape(-1).long()
-    check_target_range(flat_targets, None if active is None else active.mask, weight.shape[0])
-    call = HeadLaunch.of(hidden, weight, bias, flat_targets, active, temperature, head, backend, workspace_bytes)
-    call.choose(plan, couples_tokens=True, couples_sequences=True, entropy_grad=False, longest=None)
-    logprobs, entropies = call.logprobs(main_grad)
+    call = HeadCall.of(hidden, weight, bias, targets, temperature, head, active, engine, workspace_bytes)
+    logprobs, entropies = head_logprobs(call.planned(plan, scope="batch"), main_grad)
     return TokenLogprobs(logprobs.reshape(shape), entropies.reshape(shape) if entropy else None)
 
 
@@ -177,8 +175,8 @@ def grpo_loss(
     temperature: Tensor | None = None,
     main_grad: Tensor | None = None,
     quantile_group: torch.distributed.ProcessGroup | None = None,
-    backend: str = "auto",
-    plan: str = "auto",
+    backend: BackendName = "auto",
+    plan: PlanName = "auto",
     workspace_bytes: int | None = None,
 ) -> LossOutput:
     """A loss of the GRPO family, from the last hidden states.
@@ -232,7 +230,7 @@ def grpo_loss(
     check_main_grad(main_grad, weight)
     scale = config.temperature if temperature is None else temperature
     check_temperature(scale, shape, hidden.device)
-    backend = resolve_backend(backend, hidden.device)
+    engine = resolve_backend(backend, hidden.device, hidden.dtype)
     inputs = token_inputs(
         hidden,
         shape,
@@ -245,36 +243,31 @@ def grpo_loss(
         quantile_group=quantile_group,
         targets=targets,
         ignore_index=ignore_index,
-        backend=backend,
+        backend=engine,
         old_logprobs=old_logprobs,
         ref_logprobs=ref_logprobs,
         sampling_logprobs=sampling_logprobs,
     )
-    flat_targets = targets.reshape(-1).long()
-    check_target_range(flat_targets, inputs.tokens.mask, weight.shape[0])
-    tokens, weights, active = inputs.tokens, inputs.weights, inputs.active
-    call = HeadLaunch.of(hidden, weight, bias, flat_targets, active, scale, head, backend, workspace_bytes)
-    coupled = couples_tokens(config, has_old=old_logprobs is not None)
-    alone = not couples_sequences(config)
-    row_counts = call.row_counts(tokens) if coupled and alone and plan in ("auto", "resident") else None
-    call.choose(
-        plan,
-        couples_tokens=coupled,
-        couples_sequences=not alone,
-        entropy_grad=config.entropy_coef != 0,
-        # An objective that does not couple tokens could be cut anywhere: sequences of one row.
-        longest=max(row_counts, default=0) if row_counts is not None else None if coupled else 1,
-    )
-    computed = tokens if active is None else computed_tokens(tokens, active.mask)
+    tokens, weights = inputs.tokens, inputs.weights
+    check_target_range(targets.reshape(-1), tokens.mask, weight.shape[0])
+    call = HeadCall.of(hidden, weight, bias, targets, scale, head, inputs.active, engine, workspace_bytes)
+    scope = slope_scope(config, has_old=old_logprobs is not None)
+    row_counts = None
+    if scope == "sequence" and plan in ("auto", "resident"):
+        row_counts = call.rows_of_sequences(tokens.segments, tokens.mask)
+    call = call.planned(plan, scope=scope, entropy_grad=config.entropy_coef != 0, row_counts=row_counts)
+    computed = tokens if inputs.active is None else tokens.masked(inputs.active.mask)
+    gradients = None
     if call.plan in ("single_pass", "resident"):
-        counts = row_counts if call.plan == "resident" and coupled else None
-        loss, logprobs, entropy = call.fused(computed, weights, config, counts, main_grad)
-        terms = objective(logprobs, entropy, computed, config)
+        counts = row_counts if call.plan == "resident" else None
+        logprobs, entropy, gradients = head_objective(call, computed, weights, config, counts, main_grad)
     else:
-        logprobs, entropy = call.logprobs(main_grad)
-        terms = objective(logprobs, entropy, computed, config)
-        loss = total_loss(terms, entropy, weights, config)
-        # Rows without gradient still hang on the graph: an all-masked batch has a differentiable zero.
+        logprobs, entropy = head_logprobs(call, main_grad)
+    terms = objective(logprobs, entropy, computed, config)
+    # Rows without gradient still hang on the graph: an all-masked batch has a differentiable zero.
+    loss = total_loss(terms, entropy, weights, config)
+    if gradients is not None:
+        loss = with_gradients(loss, call, gradients, main_grad)
     logprobs, entropy = logprobs.detach(), entropy.detach()
     finite_states = None if head.softcap is None else call.hidden.detach().sum(-1, dtype=logprobs.dtype).isfinite()
     metrics = collect_metrics(logprobs, entropy, terms, computed, inputs, config, finite_states)
@@ -285,7 +278,7 @@ def grpo_loss(
         metrics=metrics,
         computed=computed.mask.reshape(shape),
         plan=call.plan,
-        backend=call.args.backend,
+        backend=call.backend,
     )
 
 

@@ -14,17 +14,81 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from grpo_fast.config import LossConfig
-from grpo_fast.losses import TermInputs, clamp
-from grpo_fast.packing import Segments
+from grpo_fast.losses import LOSSES, TermInputs, clamp
+
+
+class Segments:
+    """Which sequence each packed token belongs to, with the reductions that need to know.
+
+    Args:
+        cu_seqlens: `[S+1]` integers on the tokens' device; sequence s is tokens `cu_seqlens[s]:cu_seqlens[s+1]`.
+        num_tokens: T.
+
+    Attributes:
+        lengths: tokens per sequence, `[S]` int64.
+        index: the sequence of each token, `[T]` int64. Both are computed when first asked for.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, num_tokens: int) -> None:
+        self.cu_seqlens = cu_seqlens.to(torch.int64)
+        self.num_tokens = num_tokens
+        self.num_sequences = cu_seqlens.numel() - 1
+        self._lengths: Tensor | None = None
+        self._index: Tensor | None = None
+
+    @property
+    def lengths(self) -> Tensor:
+        if self._lengths is None:
+            self._lengths = self.cu_seqlens[1:] - self.cu_seqlens[:-1]
+        return self._lengths
+
+    @property
+    def index(self) -> Tensor:
+        if self._index is None:
+            numbers = torch.arange(self.num_sequences, device=self.cu_seqlens.device)
+            self._index = torch.repeat_interleave(numbers, self.lengths, output_size=self.num_tokens)
+        return self._index
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of `values` `[T]` over each sequence, `[S]`; accumulated in float64, 0 for empty sequences."""
+        dtype = values.dtype if values.is_floating_point() else torch.int64
+        if self.num_sequences == 0:
+            return values.to(dtype)  # empty, and still on the graph
+        total = torch.segment_reduce(values.double(), "sum", lengths=self.lengths, initial=0.0, unsafe=True)
+        return total.to(dtype)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Give each token its sequence's value: `[S]` to `[T]`."""
+        return _Spread.apply(values, self.index, self.lengths)  # type: ignore[no-any-return]
+
+    def mean(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Mean of `values` `[T]` over the unmasked tokens of each sequence, `[S]`; 0 where there is none."""
+        return self.sum(torch.where(mask, values, 0.0)) / self.sum(mask).clamp(min=1)
+
+
+class _Spread(torch.autograd.Function):
+    """`values[index]`, whose backward is a segment sum: an indexed add would be atomic, so not repeatable, on a GPU."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, index: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(lengths)
+        return values[index]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (lengths,) = ctx.saved_tensors
+        total = torch.segment_reduce(grad.double(), "sum", lengths=lengths, initial=0.0, unsafe=True)
+        return total.to(grad.dtype), None, None
 
 
 @dataclass
@@ -57,6 +121,23 @@ class Tokens:
         """`function` of each optional `[T]` tensor, by name; None stays None."""
         names = ("old_logprobs", "ref_logprobs", "sampling_logprobs", "importance")
         return {n: None if getattr(self, n) is None else function(getattr(self, n)) for n in names}
+
+    def masked(self, mask: Tensor) -> Tokens:
+        """Only those of `mask` `[T]` unmasked; the rest must not reach an exponential."""
+        return replace(self, mask=mask, **self.optional(lambda values: torch.where(mask, values, 0.0)))
+
+    def to_wire(self) -> list[Tensor | None]:
+        """The tokens as an operator's argument; what spans more than a sequence stays behind."""
+        known = (self.advantages, self.mask, self.segments.cu_seqlens, self.bonus_count)
+        return [*known, *self.optional(lambda values: values).values()]
+
+    @staticmethod
+    def from_wire(tensors: Sequence[Tensor | None]) -> Tokens:
+        """What `to_wire` was asked of."""
+        advantages, mask, cu_seqlens, bonus_count = (tensor for tensor in tensors[:4] if tensor is not None)
+        old, ref, sampling, importance = tensors[4:]
+        segments = Segments(cu_seqlens, mask.numel())
+        return Tokens(advantages, mask, segments, bonus_count, old, ref, sampling, importance)
 
     def rows(self, rows: Tensor, row_counts: list[int] | None) -> Tokens:
         """The tokens `rows` `[n]`, the unmasked ones.
@@ -115,24 +196,25 @@ class Terms:
     noted: dict[str, Tensor]
 
 
+Scope = Literal["row", "sequence", "batch"]
+"""A token's own, those of its sequence, or all."""
+
+
 # -- which rows an objective couples --------------------------------------------------------------------------------
 
 
-def couples_sequences(config: LossConfig) -> bool:
-    """Whether a token's gradient depends on tokens of other sequences (only the entropy quantile does)."""
-    return config.top_entropy_quantile < 1.0
-
-
-def couples_tokens(config: LossConfig, *, has_old: bool) -> bool:
-    """Whether a token's gradient depends on the current log-probabilities of other tokens."""
+def slope_scope(config: LossConfig, *, has_old: bool) -> Scope:
+    """Whose current log-probabilities a token's slopes depend on."""
+    if config.top_entropy_quantile < 1.0:
+        return "batch"
     sequence_correction = (config.importance_sampling_mode or "").startswith("sequence") and not has_old
-    return (
+    couples = (
         config.importance_sampling_level != "token"
         or config.record.couples != "nothing"
         or config.off_policy_mask_threshold is not None
         or sequence_correction
-        or couples_sequences(config)
     )
+    return "sequence" if couples else "row"
 
 
 def reads_sampling(config: LossConfig) -> bool:
@@ -150,7 +232,7 @@ def needs_every_row(config: LossConfig) -> bool:
         config.beta != 0
         or config.entropy_coef != 0
         or config.record.beside_advantage is not None
-        or couples_sequences(config)
+        or config.top_entropy_quantile < 1.0
         or config.all_token_metrics
     )
 
@@ -364,3 +446,58 @@ def token_weights(
         lengths = segments.sum(mask).clamp(min=1).to(dtype)
         weights = weights / segments.spread(lengths)
     return weights
+
+
+# -- objectives in the kernels' terms ---------------------------------------------------------------------------------
+
+
+_KERNEL_PARAMETERS = tuple(p.name for loss in LOSSES.values() if loss.kernel is not None for p in loss.parameters)
+
+
+class KernelObjective(NamedTuple):
+    """A token-local objective: what is compiled, and numbers by name (a bound that is not there is infinite).
+
+    What a trainer changes from call to call (the bonus's weight and count) is not among it, so that few of these live.
+    `correction`, the train/inference weight: "none", "weight" (known beforehand), "token_truncate" or "token_mask".
+    """
+
+    policy: str
+    kl: str
+    kl_times_ratio: bool
+    correction: str
+    parameters: tuple[tuple[str, float], ...]
+
+
+def kernel_objective(config: LossConfig, tokens: Tokens) -> KernelObjective | None:
+    """The objective of tokens like these; None if it couples them or if no kernel has its term."""
+    if config.record.kernel is None or slope_scope(config, has_old=tokens.old_logprobs is not None) != "row":
+        return None
+    if tokens.importance is not None:
+        return _kernel_objective(config.key, "weight")
+    mode = None if tokens.sampling_logprobs is None else config.importance_sampling_mode
+    return _kernel_objective(config.key, mode or "none")
+
+
+@lru_cache(maxsize=64)
+def _kernel_objective(key: str, correction: str) -> KernelObjective:
+    config = LossConfig.from_key(key)
+    low, high, delta = config.importance_sampling_clip_min, config.importance_sampling_clip_max, config.delta
+    parameters = {
+        "clip_low": 1.0 - config.epsilon,
+        "clip_high": 1.0 + config.upper_epsilon,
+        "clip_bound": config.upper_epsilon,
+        "delta": math.inf if delta is None else delta,
+        "beta": config.beta,
+        "importance_min": -math.inf if low is None else low,
+        "importance_max": math.inf if high is None else high,
+    }
+    parameters |= {name: getattr(config, name) for name in _KERNEL_PARAMETERS}
+    policy = config.record.kernel
+    assert policy is not None
+    return KernelObjective(
+        policy=policy,
+        kl=config.kl_estimator if config.beta else "none",
+        kl_times_ratio=config.use_bias_correction_kl,
+        correction=correction,
+        parameters=tuple(parameters.items()),
+    )

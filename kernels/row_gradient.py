@@ -37,21 +37,21 @@ def _row_gradient_kernel(
     num_rows,
     num_columns,
     vocab_start,
-    scale,
+    factor,
     cap_scale,
-    slope,
+    chain,
     TRANSFORM: tl.constexpr,
     IN_PLACE: tl.constexpr,
     LANES: tl.constexpr,
 ):
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         wide_row = tl.cast(row, tl.int64)
-        row_scale = scale
-        row_slope = slope
+        row_factor = factor
+        row_chain = chain
         if row_temperature is not None:
             temperature = tl.load(row_temperature + row)
-            row_scale = scale / temperature
-            row_slope = slope / temperature
+            row_factor = factor / temperature
+            row_chain = chain / temperature
         g_row = tl.load(g + row)
         e_row = 0.0
         if e is not None:
@@ -62,9 +62,9 @@ def _row_gradient_kernel(
             bias,
             tl.load(targets + row) - vocab_start,
             num_columns,
-            row_scale,
+            row_factor,
             cap_scale,
-            row_slope,
+            row_chain,
             tl.load(lse + row) * LOG2_E,
             tl.load(entropy + row),
             g_row,

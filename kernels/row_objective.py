@@ -18,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo_fast.kernels.configuration import Configuration
-from grpo_fast.kernels.objective import CORRECTIONS, KL_ESTIMATORS, POLICIES, objective_slope
-from grpo_fast.kernels.row_sweeps import LN_2, row_gradient, row_statistics, target_y
+from grpo_fast.kernels.objective import CORRECTIONS, KL_ESTIMATORS, POLICIES, token_term
+from grpo_fast.kernels.row_sweeps import LN_2, row_gradient, row_statistics, target_u
 from grpo_fast.kernels.rows import UNALIGNED, Example, Rows, examples
 
 BYTES_PER_LOGIT = {"loads": 8, "stores": 2}
@@ -78,9 +78,9 @@ def _row_objective_kernel(
     live,  # [R] bool, out: whether dx is not zero
     num_rows,
     num_columns,
-    scale,
+    factor,
     cap_scale,
-    slope,
+    chain,
     POLICY: tl.constexpr,
     KL: tl.constexpr,
     KL_TIMES_RATIO: tl.constexpr,
@@ -92,18 +92,18 @@ def _row_objective_kernel(
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         wide_row = tl.cast(row, tl.int64)
         x = logits + wide_row * row_stride
-        row_scale = scale
-        row_slope = slope
+        row_factor = factor
+        row_chain = chain
         if row_temperature is not None:
             temperature = tl.load(row_temperature + row)
-            row_scale = scale / temperature
-            row_slope = slope / temperature
-        highest, log_total, entropy2 = row_statistics(x, bias, num_columns, row_scale, cap_scale, TRANSFORM, LANES)
+            row_factor = factor / temperature
+            row_chain = chain / temperature
+        highest, log_total, entropy2 = row_statistics(x, bias, num_columns, row_factor, cap_scale, TRANSFORM, LANES)
         target = tl.load(targets + row)
-        own = target_y(x, bias, target, num_columns, cap_scale, TRANSFORM)
-        logprob = ((own - highest) * row_scale - log_total) * LN_2
+        own = target_u(x, bias, target, num_columns, cap_scale, TRANSFORM)
+        logprob = ((own - highest) * row_factor - log_total) * LN_2
         row_entropy = entropy2 * LN_2
-        g = tl.load(weights + row) * objective_slope(
+        _, term_slope = token_term(
             row,
             logprob,
             advantages,
@@ -117,6 +117,7 @@ def _row_objective_kernel(
             KL_TIMES_RATIO,
             CORRECTION,
         )
+        g = tl.load(weights + row) * term_slope
         e = 0.0
         if entropy_gradient is not None:
             e = tl.load(entropy_gradient)
@@ -132,10 +133,10 @@ def _row_objective_kernel(
             bias,
             target,
             num_columns,
-            row_scale,
+            row_factor,
             cap_scale,
-            row_slope,
-            highest * row_scale + log_total,
+            row_chain,
+            highest * row_factor + log_total,
             row_entropy,
             g,
             e,
@@ -174,7 +175,7 @@ def row_objective_of(
         "parameters": objective.parameters,
         "entropy_gradient": entropy_gradient,
         "grad_scale": grad_scale,
-        "POLICY": objective.policy,
+        "POLICY": POLICIES[objective.policy],
         "KL": objective.kl,
         "KL_TIMES_RATIO": objective.kl_times_ratio,
         "CORRECTION": objective.correction,
@@ -206,7 +207,7 @@ def _example_launch(example: Example, variant: int, *, in_place: bool) -> Config
         "weights": example.per_row(),
         "advantages": example.per_row(),
         "parameters": example.per_row(),
-        "POLICY": policy,
+        "POLICY": POLICIES[policy],
         "KL": kl,
         "KL_TIMES_RATIO": kl_times_ratio,
         "CORRECTION": correction,

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo_fast.kernels.configuration import Configuration
-from grpo_fast.kernels.row_sweeps import LN_2, row_statistics, target_y
+from grpo_fast.kernels.row_sweeps import LN_2, row_statistics, target_u
 from grpo_fast.kernels.rows import UNALIGNED, Rows, examples
 
 BYTES_PER_LOGIT = {"loads": 4, "stores": 0}
@@ -34,22 +34,22 @@ def _row_statistics_kernel(
     lse,  # [R] float32, out
     num_rows,
     num_columns,
-    scale,
+    factor,
     cap_scale,
-    slope,
+    chain,
     TRANSFORM: tl.constexpr,
     LANES: tl.constexpr,
 ):
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         x = logits + tl.cast(row, tl.int64) * row_stride
-        row_scale = scale
+        row_factor = factor
         if row_temperature is not None:
-            row_scale = scale / tl.load(row_temperature + row)
-        highest, log_total, entropy2 = row_statistics(x, bias, num_columns, row_scale, cap_scale, TRANSFORM, LANES)
-        own = target_y(x, bias, tl.load(targets + row), num_columns, cap_scale, TRANSFORM)
-        tl.store(logprobs + row, ((own - highest) * row_scale - log_total) * LN_2)
+            row_factor = factor / tl.load(row_temperature + row)
+        highest, log_total, entropy2 = row_statistics(x, bias, num_columns, row_factor, cap_scale, TRANSFORM, LANES)
+        own = target_u(x, bias, tl.load(targets + row), num_columns, cap_scale, TRANSFORM)
+        tl.store(logprobs + row, ((own - highest) * row_factor - log_total) * LN_2)
         tl.store(entropy + row, entropy2 * LN_2)
-        tl.store(lse + row, (highest * row_scale + log_total) * LN_2)
+        tl.store(lse + row, (highest * row_factor + log_total) * LN_2)
 
 
 def row_statistics_of(rows: Rows, out: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:

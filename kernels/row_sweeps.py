@@ -1,16 +1,17 @@
 """The two sweeps over a row of logits that every row kernel is made of.
 
-Legend: R rows of a chunk, V columns, x raw products `[R, V]` (float32, bf16 or fp16), u = x + bias.
+Legend: R rows of a chunk, V columns, x raw products `[R, V]` (float32, bf16 or fp16).
 
-    z_v = transform(u_v) / temperature = c y_v with c > 0
+    z_v = transform(x_v + bias_v) / temperature = c u_v with c > 0
 
-    y = u, or -u for a negative scale    c = |logit_scale| / temperature
-    y = tanh(k u) with a soft cap        c = softcap / temperature, k = logit_scale / softcap, cap_scale = 2 k log2 e
+    u = x + bias, or -(x + bias) for a negative scale   c = |logit_scale| / temperature
+    u = tanh(k (x + bias)) with a soft cap              c = softcap / temperature, k = logit_scale / softcap,
+                                                        cap_scale = 2 k log2 e
 
-Exponentials are powers of two: with C = c log2 e and m the largest y, d_v = C (y_v - m) <= 0,
+Exponentials are powers of two: with factor = c log2 e and m the largest u, d_v = factor (u_v - m) <= 0,
 
-    s = sum 2^d      t = sum 2^d d      lse = (C m + log2 s) ln 2      logprob_v = (d_v - log2 s) ln 2
-                                                                       entropy = (log2 s - t / s) ln 2
+    s = sum 2^d      t = sum 2^d d      lse = (factor m + log2 s) ln 2      logprob_v = (d_v - log2 s) ln 2
+                                                                            entropy = (log2 s - t / s) ln 2
 
 Only differences of logits enter: logprob and entropy are exact to rounding however large the logits are.
 
@@ -45,40 +46,40 @@ def _tanh(v):
 
 
 @triton.jit
-def _transform(u, cap_scale, TRANSFORM: tl.constexpr):
-    """y of u: "none", "negate" (a negative logit_scale: the largest y must be the largest z) or "softcap"."""
+def _transform(x, cap_scale, TRANSFORM: tl.constexpr):
+    """u of x + bias: "none", "negate" (a negative logit_scale: the largest u must be the largest z) or "softcap"."""
     if TRANSFORM == "softcap":
-        return _tanh(u * cap_scale)
+        return _tanh(x * cap_scale)
     elif TRANSFORM == "negate":
-        return -u
+        return -x
     else:
-        return u
+        return x
 
 
 @triton.jit
-def block_y(x, bias, offsets, mask, cap_scale, TRANSFORM: tl.constexpr, MASKED: tl.constexpr):
-    """y `[N, 4]` float32 of raw products at `offsets` (x points at the row); -inf outside the mask."""
+def block_u(x, bias, offsets, mask, cap_scale, TRANSFORM: tl.constexpr, MASKED: tl.constexpr):
+    """u `[N, 4]` float32 of raw products at `offsets` (x points at the row); -inf outside the mask."""
     if MASKED:
-        y = tl.load(x + offsets, mask=mask, other=-float("inf")).to(tl.float32)
+        u = tl.load(x + offsets, mask=mask, other=-float("inf")).to(tl.float32)
         if bias is not None:
-            y += tl.load(bias + offsets, mask=mask, other=0.0).to(tl.float32)
+            u += tl.load(bias + offsets, mask=mask, other=0.0).to(tl.float32)
     else:
-        y = tl.load(x + offsets).to(tl.float32)
+        u = tl.load(x + offsets).to(tl.float32)
         if bias is not None:
-            y += tl.load(bias + offsets).to(tl.float32)
-    y = _transform(y, cap_scale, TRANSFORM)
+            u += tl.load(bias + offsets).to(tl.float32)
+    u = _transform(u, cap_scale, TRANSFORM)
     if MASKED and TRANSFORM != "none":
-        y = tl.where(mask, y, -float("inf"))
-    return y
+        u = tl.where(mask, u, -float("inf"))
+    return u
 
 
 @triton.jit
-def _accumulate(y, scale, m, s, t):
+def _accumulate(u, factor, m, s, t):
     """Take a block `[N, 4]` into the lanes' (m, s, t)."""
-    m_new = tl.maximum(m, tl.max(y, axis=1))
-    shift = tl.maximum((m - m_new) * scale, LOWEST)
+    m_new = tl.maximum(m, tl.max(u, axis=1))
+    shift = tl.maximum((m - m_new) * factor, LOWEST)
     keep = tl.exp2(shift)
-    d = (y - m_new[:, None]) * scale  # not y scale - m scale, whose rounding grows with the logits
+    d = (u - m_new[:, None]) * factor  # not u factor - m factor, whose rounding grows with the logits
     e = tl.exp2(d)
     t = keep * (t + s * shift) + tl.sum(e * tl.maximum(d, LOWEST), axis=1)
     s = keep * s + tl.sum(e, axis=1)
@@ -92,22 +93,22 @@ def block_offsets(LANES: tl.constexpr):
 
 
 @triton.jit
-def row_statistics(x, bias, num_columns, scale, cap_scale, TRANSFORM: tl.constexpr, LANES: tl.constexpr):
-    """(m, log2 s, log2 s - t / s) of a row, the last its entropy in bits. `scale` is C."""
+def row_statistics(x, bias, num_columns, factor, cap_scale, TRANSFORM: tl.constexpr, LANES: tl.constexpr):
+    """(m, log2 s, log2 s - t / s) of a row, the last its entropy in bits."""
     offsets = block_offsets(LANES)
     m = tl.full([LANES], LOWEST, tl.float32)
     s = tl.zeros([LANES], tl.float32)
     t = tl.zeros([LANES], tl.float32)
     whole = num_columns // (4 * LANES) * (4 * LANES)
     for start in tl.range(0, whole, 4 * LANES, num_stages=3):  # the next two blocks are on their way, in shared memory
-        y = block_y(x + start, None if bias is None else bias + start, offsets, None, cap_scale, TRANSFORM, False)
-        m, s, t = _accumulate(y, scale, m, s, t)
+        u = block_u(x + start, None if bias is None else bias + start, offsets, None, cap_scale, TRANSFORM, False)
+        m, s, t = _accumulate(u, factor, m, s, t)
     if whole < num_columns:
         mask = offsets < num_columns - whole
-        y = block_y(x + whole, None if bias is None else bias + whole, offsets, mask, cap_scale, TRANSFORM, True)
-        m, s, t = _accumulate(y, scale, m, s, t)
+        u = block_u(x + whole, None if bias is None else bias + whole, offsets, mask, cap_scale, TRANSFORM, True)
+        m, s, t = _accumulate(u, factor, m, s, t)
     highest = tl.max(m, axis=0)
-    shift = tl.maximum((m - highest) * scale, LOWEST)
+    shift = tl.maximum((m - highest) * factor, LOWEST)
     keep = tl.exp2(shift)
     total = tl.sum(keep * s, axis=0)
     weighted = tl.sum(keep * (t + s * shift), axis=0)
@@ -116,35 +117,35 @@ def row_statistics(x, bias, num_columns, scale, cap_scale, TRANSFORM: tl.constex
 
 
 @triton.jit
-def target_y(x, bias, column, num_columns, cap_scale, TRANSFORM: tl.constexpr):
-    """y of one column; NaN of one that the row does not have."""
+def target_u(x, bias, column, num_columns, cap_scale, TRANSFORM: tl.constexpr):
+    """u of one column; NaN of one that the row does not have."""
     inside = (column >= 0) & (column < num_columns)
-    y = tl.load(x + column, mask=inside, other=float("nan")).to(tl.float32)
+    u = tl.load(x + column, mask=inside, other=float("nan")).to(tl.float32)
     if bias is not None:
-        y += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
-    return _transform(y, cap_scale, TRANSFORM)
+        u += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    return _transform(u, cap_scale, TRANSFORM)
 
 
 @triton.jit
-def _bend(y, TRANSFORM: tl.constexpr):
-    """The soft cap's derivative, 1 - y^2; 1 without."""
+def _bend(u, TRANSFORM: tl.constexpr):
+    """The soft cap's derivative 1 - u^2; 1 without."""
     if TRANSFORM == "softcap":
-        return tl.fma(-y, y, 1.0)
+        return tl.fma(-u, u, 1.0)
     else:
         return 1.0
 
 
 @triton.jit
-def _dx(y, lse2, scale, level, tilt, TRANSFORM: tl.constexpr, HAS_E: tl.constexpr):
-    """p (level + tilt log2 p) and the soft cap's derivative: dx of all columns but the target's."""
-    log2_p = tl.fma(y, scale, -lse2)
+def _dx(u, lse2, factor, level, tilt, TRANSFORM: tl.constexpr, HAS_E: tl.constexpr):
+    """p (level + tilt log2 p) bend: dx of all columns but the target's, which has hit bend more."""
+    log2_p = tl.fma(u, factor, -lse2)
     dx = tl.exp2(log2_p)
     if HAS_E:
         dx *= tl.fma(tl.maximum(log2_p, LOWEST), tilt, level)
     else:
         dx *= level
     if TRANSFORM == "softcap":
-        dx *= _bend(y, TRANSFORM)
+        dx *= _bend(u, TRANSFORM)
     return dx
 
 
@@ -155,9 +156,9 @@ def row_gradient(
     bias,
     target,
     num_columns,
-    scale,
+    factor,
     cap_scale,
-    slope,
+    chain,
     lse2,
     entropy,
     g,
@@ -175,7 +176,7 @@ def row_gradient(
 
     Args:
         target: the target's column, or any other number where it is not among these columns.
-        slope: d z / d u but for the soft cap's derivative, that is logit_scale / temperature.
+        chain: dz / dx without the soft cap's share, that is logit_scale / temperature.
         lse2: the row's lse times log2 e. entropy: in nats.
     """
     if (g == 0) & (e == 0):  # nothing to read: most rows, where most groups agree
@@ -183,30 +184,31 @@ def row_gradient(
             tl.debug_barrier()  # a slower thread may not have read the target's logit, which g comes from
         _fill_zero(dx, num_columns, LANES)
     else:
-        own = target_y(x, bias, target, num_columns, cap_scale, TRANSFORM)
-        level = -g * slope
+        own = target_u(x, bias, target, num_columns, cap_scale, TRANSFORM)
+        level = -g * chain
         if HAS_E:
-            level -= e * entropy * slope
-        tilt = -e * slope * LN_2
+            level -= e * entropy * chain
+        tilt = -e * chain * LN_2
         offsets = block_offsets(LANES)
         whole = num_columns // (4 * LANES) * (4 * LANES)
         if whole < num_columns:
             mask = offsets < num_columns - whole
-            y = block_y(x + whole, None if bias is None else bias + whole, offsets, mask, cap_scale, TRANSFORM, True)
-            dz = _dx(y, lse2, scale, level, tilt, TRANSFORM, HAS_E)
+            u = block_u(x + whole, None if bias is None else bias + whole, offsets, mask, cap_scale, TRANSFORM, True)
+            value = _dx(u, lse2, factor, level, tilt, TRANSFORM, HAS_E)
             if IN_PLACE:
                 tl.debug_barrier()
-            tl.store(dx + whole + offsets, dz.to(dx.dtype.element_ty), mask=mask)
+            tl.store(dx + whole + offsets, value.to(dx.dtype.element_ty), mask=mask)
         for back in range(4 * LANES, whole + 4 * LANES, 4 * LANES):
             start = whole - back
-            y = block_y(x + start, None if bias is None else bias + start, offsets, None, cap_scale, TRANSFORM, False)
-            dz = _dx(y, lse2, scale, level, tilt, TRANSFORM, HAS_E)
+            u = block_u(x + start, None if bias is None else bias + start, offsets, None, cap_scale, TRANSFORM, False)
+            value = _dx(u, lse2, factor, level, tilt, TRANSFORM, HAS_E)
             if IN_PLACE:
                 tl.debug_barrier()
-            tl.store(dx + start + offsets, dz.to(dx.dtype.element_ty))
+            tl.store(dx + start + offsets, value.to(dx.dtype.element_ty))
         tl.debug_barrier()  # the target's column has been written by another thread
-        dz = _dx(own, lse2, scale, level, tilt, TRANSFORM, HAS_E) + g * slope * _bend(own, TRANSFORM)
-        tl.store(dx + target, dz.to(dx.dtype.element_ty), mask=(target >= 0) & (target < num_columns))
+        hit = g * chain
+        value = _dx(own, lse2, factor, level, tilt, TRANSFORM, HAS_E) + hit * _bend(own, TRANSFORM)
+        tl.store(dx + target, value.to(dx.dtype.element_ty), mask=(target >= 0) & (target < num_columns))
 
 
 @triton.jit

@@ -86,7 +86,7 @@ class Rows:
         return self.temperature.float().contiguous() if isinstance(self.temperature, Tensor) else None
 
     def arguments(self, launch: RowLaunch) -> dict[str, Any]:
-        """What every row kernel is told; scale, cap_scale and slope of row_sweeps.py, for temperature 1 if by row."""
+        """What every row kernel is told; factor, cap_scale and chain of row_sweeps.py, for temperature 1 if by row."""
         temperature = 1.0 if isinstance(self.temperature, Tensor) else self.temperature
         top = abs(self.logit_scale) if self.softcap is None else self.softcap
         plain = "negate" if self.logit_scale < 0 else "none"
@@ -98,9 +98,9 @@ class Rows:
             "row_temperature": self.row_temperature(),
             "num_rows": self.num_rows,
             "num_columns": self.num_columns,
-            "scale": top / temperature / log(2),
+            "factor": top / temperature / log(2),
             "cap_scale": 0.0 if self.softcap is None else 2 * self.logit_scale / self.softcap / log(2),
-            "slope": self.logit_scale / temperature,
+            "chain": self.logit_scale / temperature,
             "TRANSFORM": plain if self.softcap is None else "softcap",
             "LANES": launch.lanes,
             "num_warps": launch.num_warps,

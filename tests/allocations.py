@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_fast.ops import functions
+from grpo_fast.ops import operators as functions
 
 OPERATORS = {
     op._opoverload: op._init_fn for op in (functions.forward_op, functions.backward_op, functions.objective_op)

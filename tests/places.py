@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from grpo_fast.backends.base import get_backend
-from grpo_fast.ops import planner
+from grpo_fast.ops import call as planner
 from tests.cases import INTERPRETED
 from tests.stand_in import stand_in
 

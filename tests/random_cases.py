@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.backends.base import get_backend
+from grpo_fast.backends.base import get_backend, resolve_backend
 from grpo_fast.config import KL_ESTIMATORS, LOSS_TYPES, HeadConfig, LossConfig
+from grpo_fast.ops.call import workspace_for
 from grpo_fast.reference import reference_logprobs
 from tests.cases import INTERPRETED
 from tests.reference_metrics import TokenData, couples_tokens
@@ -131,11 +132,13 @@ class Settings:
         return self.advantages == "[1, T]" and not num_tokens == num_sequences == 1
 
     @property
+    def served_by(self) -> str:
+        """The backend's name, but torch's for float64."""
+        return resolve_backend(self.backend, torch.device("cpu"), self.dtype)
+
+    @property
     def workspace_bytes(self) -> int:
-        engine = get_backend(self.backend)
-        row = engine.row_pitch(self.vocab) * max(4, self.dtype.itemsize)
-        staged = engine.row_pitch(self.vocab) * self.dtype.itemsize if engine.stages_dx else 0
-        return engine.scratch_bytes(self.vocab, self.dtype, torch.device("cpu")) + self.rows * (row + staged)
+        return workspace_for(self.served_by, self.vocab, self.dtype, torch.device("cpu"), self.rows)
 
 
 class Draw(random.Random):
@@ -353,7 +356,7 @@ def expected_plan(settings: Settings, longest: int) -> str | None:
         return "recompute"
     if longest <= settings.rows:
         return "resident"
-    return None if get_backend(settings.backend).stages_dx else "recompute"
+    return None if get_backend(settings.served_by).stages_dx else "recompute"
 
 
 # -- tensors ----------------------------------------------------------------------------------------------------------

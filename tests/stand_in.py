@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from grpo_fast.backends import devices
-from grpo_fast.ops import planner
+from grpo_fast.ops import call as planner
 from tests.allocations import OPERATORS
 from tests.cases import INTERPRETED
 

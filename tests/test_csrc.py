@@ -20,11 +20,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from grpo_fast.backends.fused import objective_numbers
 from grpo_fast.config import LOSS_TYPES, LossConfig
-from grpo_fast.inputs import TokenInputs
-from grpo_fast.metrics import collect_metrics
-from grpo_fast.objectives import Terms, Tokens, importance_weight, objective
-from grpo_fast.packing import Segments
+from grpo_fast.kernels import parameters
+from grpo_fast.kernels.parameters import PARAMETERS
+from grpo_fast.objectives import Segments, Tokens, importance_weight, objective
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 TEST_SOURCES = ["tests/main.cpp", *sorted(f"tests/{path.name}" for path in (CSRC / "tests").glob("test_*.cpp"))]
@@ -92,26 +92,29 @@ def test_sources_need_no_openmp(tmp_path: Path) -> None:
 # -- objective.h against autograd -------------------------------------------------------------------------------------
 
 TOKEN_LOCAL = [name for name in LOSS_TYPES if name not in ("vespo", "gmpo")]
-POLICY_TERMS = {"cispo": 1, "sapo": 2, "dppo": 3, "ppo_dual": 4, "reinforce": 5, "rloo": 5}  # else 0, clipped
-KL_ESTIMATORS = {"k1": 1, "k2": 2, "k3": 3}
-CLIPPED_LOW, CLIPPED_HIGH, CISPO_CLIPPED = 1, 2, 4
-OUTPUTS = ("terms", "d_logprobs", "ratios", "clip_ratios", "kls", "importances")
+POLICIES = ("clipped", "cispo", "sapo", "dppo", "ppo_dual", "reinforce")
+KL_ESTIMATORS = ("none", "k1", "k2", "k3")
 
 
-class ObjectiveConfig(ctypes.Structure):
+class Objective(ctypes.Structure):
     """The struct of objective.h, field by field."""
 
     _fields_ = [
         *((name, ctypes.c_int32) for name in ("policy", "kl", "correction")),
         ("kl_times_ratio", ctypes.c_bool),
-        *(
-            (name, ctypes.c_double)
-            for name in (
-                "epsilon_low epsilon_high delta beta importance_min importance_max sapo_temperature_pos "
-                "sapo_temperature_neg dppo_threshold dppo_log_ratio_coef dual_clip"
-            ).split()
-        ),
+        *((name, ctypes.c_double) for name in PARAMETERS),
     ]
+
+    @classmethod
+    def of(cls, config: LossConfig, *, known_weight: bool) -> Objective:
+        numbers, mode = objective_numbers(config), config.importance_sampling_mode
+        return cls(
+            policy=POLICIES.index(numbers.policy),
+            kl=KL_ESTIMATORS.index(numbers.kl),
+            correction=0 if mode is None else 1 if known_weight else {"token_truncate": 2, "token_mask": 3}[mode],
+            kl_times_ratio=numbers.kl_times_ratio,
+            **dict(numbers.parameters),
+        )
 
 
 class Arrays(ctypes.Structure):
@@ -121,33 +124,9 @@ class Arrays(ctypes.Structure):
         (name, ctypes.c_void_p)
         for name in (
             *("logprobs", "old_logprobs", "ref_logprobs", "sampling_logprobs", "importance", "advantages"),
-            *OUTPUTS,
+            *("terms", "slopes"),
         )
     ]
-
-
-def struct_config(config: LossConfig, *, known_weight: bool) -> ObjectiveConfig:
-    """`config` as the device code takes it."""
-    infinity = float("inf")
-    low, high = config.importance_sampling_clip_min, config.importance_sampling_clip_max
-    mode = config.importance_sampling_mode
-    return ObjectiveConfig(
-        policy=POLICY_TERMS.get(config.loss_type, 0),
-        kl=KL_ESTIMATORS[config.kl_estimator] if config.beta != 0 else 0,
-        correction=0 if mode is None else 1 if known_weight else {"token_truncate": 2, "token_mask": 3}[mode],
-        kl_times_ratio=config.use_bias_correction_kl,
-        epsilon_low=config.epsilon,
-        epsilon_high=config.upper_epsilon,
-        delta=infinity if config.delta is None else config.delta,
-        beta=config.beta,
-        importance_min=-infinity if low is None else low,
-        importance_max=infinity if high is None else high,
-        sapo_temperature_pos=config.sapo_temperature_pos,
-        sapo_temperature_neg=config.sapo_temperature_neg,
-        dppo_threshold=config.dppo_threshold,
-        dppo_log_ratio_coef=config.dppo_log_ratio_coef,
-        dual_clip=config.dual_clip,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -155,31 +134,29 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     path = tmp_path_factory.mktemp("objective") / "objective_abi.so"
     run([compiler(), *WARNINGS, "-O2", "-shared", "-fPIC", "tests/objective_abi.cpp", "-o", path], cwd=CSRC)
     loaded = ctypes.CDLL(str(path))
-    loaded.objective_config_size.restype = ctypes.c_int64
-    assert loaded.objective_config_size() == ctypes.sizeof(ObjectiveConfig)
+    loaded.objective_size.restype = ctypes.c_int64
+    assert loaded.objective_size() == ctypes.sizeof(Objective)
     return loaded
 
 
 def compiled_objective(
     library: ctypes.CDLL, logprobs: Tensor, tokens: Tokens, config: LossConfig
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The outputs of `token_objective` by name, and its flags, `[T]` each."""
+) -> tuple[Tensor, Tensor]:
+    """(terms, their slopes), `[T]` each, by `token_term`."""
     given = {"logprobs": logprobs, "advantages": tokens.advantages, **tokens.optional(Tensor.contiguous)}
-    out = {name: torch.empty_like(logprobs) for name in OUTPUTS}
-    pointers = {name: tensor.data_ptr() for name, tensor in (given | out).items() if tensor is not None}
-    flags = torch.zeros(logprobs.numel(), dtype=torch.int32)
+    terms, slopes = torch.empty_like(logprobs), torch.empty_like(logprobs)
+    named = given | {"terms": terms, "slopes": slopes}
+    pointers = {name: tensor.data_ptr() for name, tensor in named.items() if tensor is not None}
     function = library.objective_double if logprobs.dtype == torch.float64 else library.objective_float
-    options = struct_config(config, known_weight=tokens.importance is not None)
-    num, flag_pointer = ctypes.c_int64(logprobs.numel()), ctypes.c_void_p(flags.data_ptr())
-    function(ctypes.byref(options), num, ctypes.byref(Arrays(**pointers)), flag_pointer)
-    return out, flags
+    options = Objective.of(config, known_weight=tokens.importance is not None)
+    function(ctypes.byref(options), ctypes.c_int64(logprobs.numel()), ctypes.byref(Arrays(**pointers)))
+    return terms, slopes
 
 
-def autograd_objective(logprobs: Tensor, tokens: Tokens, config: LossConfig) -> tuple[Terms, Tensor]:
+def autograd_objective(logprobs: Tensor, tokens: Tokens, config: LossConfig) -> tuple[Tensor, Tensor]:
     leaf = logprobs.clone().requires_grad_()
-    terms = objective(leaf, None, tokens, config)
-    (d_logprobs,) = torch.autograd.grad(terms.policy.sum(), leaf)
-    return terms, d_logprobs
+    terms = objective(leaf, None, tokens, config).policy
+    return terms.detach(), torch.autograd.grad(terms.sum(), leaf)[0]
 
 
 @dataclass
@@ -232,31 +209,18 @@ def rel_rms(actual: Tensor, expected: Tensor) -> float:
 
 
 def assert_same(library: ctypes.CDLL, logprobs: Tensor, tokens: Tokens, config: LossConfig, bound: float) -> None:
-    out, flags = compiled_objective(library, logprobs, tokens, config)
-    terms, d_logprobs = autograd_objective(logprobs, tokens, config)
-    weight = torch.ones_like(logprobs) if terms.importance is None else terms.importance
-    kl = torch.zeros_like(logprobs) if terms.kl is None else terms.kl
-    expected = (terms.policy.detach(), d_logprobs, terms.ratio, terms.clip_ratio, kl, weight)
-    for (name, actual), wanted in zip(out.items(), expected, strict=True):
+    terms, slopes = compiled_objective(library, logprobs, tokens, config)
+    expected_terms, expected = autograd_objective(logprobs, tokens, config)
+    for name, actual, wanted in (("terms", terms, expected_terms), ("slopes", slopes, expected)):
         error = rel_rms(actual, wanted)
         assert error <= bound, f"{name}: relative RMS error {error:.3e} > {bound:.0e}; {config}"
     # Ties and clipped tokens: exactly none, and none by accident.
-    assert torch.equal(out["d_logprobs"] == 0, d_logprobs == 0), config
-    inputs = TokenInputs(tokens, torch.ones_like(logprobs), None, token_advantages=True, normalizer_given=True)
-    metrics = collect_metrics(logprobs, None, terms, tokens, inputs, config).as_dict()
-    num = logprobs.numel()
-    counted = {}
-    if config.record.clip == "two_sided":
-        counted = {"low": CLIPPED_LOW, "high": CLIPPED_HIGH, "region": CLIPPED_LOW | CLIPPED_HIGH}
-    for name, bits in counted.items():
-        assert int((flags & bits != 0).sum()) == round(metrics[f"clip_ratio/{name}_mean"] * num), (name, config)
-    if config.record.clip == "upper":
-        assert int((flags & CISPO_CLIPPED != 0).sum()) == round(metrics["cispo_clip_ratio"] * num), config
+    assert torch.equal(slopes == 0, expected == 0), config
 
 
 KL = [
     {},
-    *({"beta": 0.3, "kl_estimator": k, "use_bias_correction_kl": b} for k in KL_ESTIMATORS for b in (True, False)),
+    *({"beta": 0.3, "kl_estimator": k, "use_bias_correction_kl": b} for k in KL_ESTIMATORS[1:] for b in (True, False)),
 ]
 CORRECTIONS = [
     {},
@@ -304,8 +268,27 @@ def test_overflow_is_autograds(loss_type: str, library: ctypes.CDLL) -> None:
     advantages = torch.tensor([1.0, -1.0, 0.0]).repeat(6)
     num, mask = advantages.numel(), torch.ones(18, dtype=torch.bool)
     tokens = Tokens(advantages, mask, Segments(torch.tensor([0, num]), num), mask.sum(), old_logprobs=old)
-    out, _ = compiled_objective(library, logprobs, tokens, config)
-    terms, d_logprobs = autograd_objective(logprobs, tokens, config)
-    assert d_logprobs.isnan().any() or loss_type in ("reinforce", "rloo")
-    torch.testing.assert_close(out["terms"], terms.policy.detach(), equal_nan=True)
-    torch.testing.assert_close(out["d_logprobs"], d_logprobs, equal_nan=True)
+    terms, slopes = compiled_objective(library, logprobs, tokens, config)
+    expected_terms, expected = autograd_objective(logprobs, tokens, config)
+    assert expected.isnan().any() or loss_type in ("reinforce", "rloo")
+    torch.testing.assert_close(terms, expected_terms, equal_nan=True)
+    torch.testing.assert_close(slopes, expected, equal_nan=True)
+
+
+def test_the_list_of_parameters_is_current() -> None:
+    assert parameters.HEADER.read_text() == parameters.header(), "run python kernels/parameters.py"
+
+
+def test_devices_know_the_same_names() -> None:
+    native = pytest.importorskip("grpo_fast._C", reason="the extension is not built")
+    kernels = pytest.importorskip("grpo_fast.kernels.objective", reason="Triton is not installed")
+    assert native.PARAMETERS == kernels.PARAMETERS == PARAMETERS
+    known = {"policy": kernels.POLICIES, "kl": kernels.KL_ESTIMATORS, "correction": kernels.CORRECTIONS}
+    given = {"policy": "clipped", "kl": "none", "correction": "none", "kl_times_ratio": True}
+    for option, names in known.items():
+        for name in names:
+            native.Objective(**(given | {option: name}), parameters=[0.0] * len(PARAMETERS))
+        with pytest.raises(ValueError, match=f"{option}: expected one of {', '.join(names)}; got 'other'"):
+            native.Objective(**(given | {option: "other"}), parameters=[0.0] * len(PARAMETERS))
+    with pytest.raises(ValueError, match="parameters: expected 12 numbers; got 1"):
+        native.Objective(**given, parameters=[0.0])

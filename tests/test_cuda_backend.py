@@ -19,8 +19,7 @@ from grpo_fast.backends.base import RowChunk, RowObjective, RowSlopes, Transform
 from grpo_fast.backends.cuda import CudaBackend
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.loss import grpo_loss, token_logprobs
-from grpo_fast.objectives import Tokens
-from grpo_fast.packing import Segments
+from grpo_fast.objectives import Segments, Tokens
 from tests.cases import OBJECTIVES, assert_close, make_case, rel_rms
 from tests.cuda_groups import check_token_rows
 from tests.test_csrc import CSRC, WARNINGS, compiler, load_module

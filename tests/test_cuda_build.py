@@ -24,8 +24,8 @@ from grpo_fast.backends import cuda as cuda_backend
 from grpo_fast.backends.base import ObjectiveResults, RowChunk, RowObjective, RowSlopes, RowStatistics, Transform
 from grpo_fast.backends.cuda import CudaBackend
 from grpo_fast.config import HeadConfig, LossConfig
-from grpo_fast.objectives import Tokens
-from grpo_fast.packing import Segments
+from grpo_fast.kernels.parameters import PARAMETERS
+from grpo_fast.objectives import Segments, Tokens
 from tests.cards import CARD, card
 from tests.test_csrc import CSRC, compiler, load_module
 
@@ -157,6 +157,7 @@ def test_instructions_a_logit(dtype: str, sass: dict[str, Any]) -> None:
 def test_errors_name_the_kernel_and_its_shape(built: Build) -> None:
     module = load_module("built._cuda", built.module)
     assert module.ARCHITECTURES == "sm_80,sm_90a"
+    assert module.PARAMETERS == PARAMETERS
     rows = module.Rows(
         logits=4096,
         num_rows=2,

@@ -19,7 +19,7 @@ from grpo_fast.backends.base import RowChunk, backend_names, get_backend, resolv
 from grpo_fast.backends.torch import TorchBackend
 from grpo_fast.cli import main
 from grpo_fast.install import install_command
-from grpo_fast.ops.planner import row_budget
+from grpo_fast.ops.call import row_budget
 from tests.stand_in import stand_in
 
 CPU = torch.device("cpu")
@@ -59,7 +59,10 @@ def test_a_wrong_backend_is_found(
 
     def slightly_off(self: TorchBackend, *args: Any, **kwargs: Any) -> Any:
         result = right(self, *args, **kwargs)
-        return result.mul_(1.05) if isinstance(result, Tensor) else (result[0] + 0.2, *result[1:])
+        if wrong == "statistics":
+            args[1].logprobs.add_(0.2)
+            return None
+        return result.mul_(1.05)
 
     monkeypatch.setattr(TorchBackend, wrong, slightly_off)
     verdict = doctor.examine("torch", CPU)
@@ -72,7 +75,7 @@ def test_a_wrong_backend_is_found(
 @pytest.mark.parametrize("dtype", doctor.BOUNDS)
 @pytest.mark.parametrize("name", [name for name in backend_names() if get_backend(name).why_unavailable(CPU) is None])
 def test_the_least_workspace_gives_several_chunks(name: str, dtype: torch.dtype) -> None:
-    least = doctor.least_workspace_bytes(name, doctor.VOCAB, dtype, CPU)
+    least = doctor.workspace_for(name, doctor.VOCAB, dtype, CPU)
     budget = row_budget(name, doctor.VOCAB, doctor.WIDTH, dtype, CPU, least)
     assert 2 * budget.rows_at_once < doctor.NUM_TOKENS
     with pytest.raises(ValueError, match="workspace_bytes: expected at least"):

@@ -15,11 +15,20 @@ from torch import Tensor
 
 from grpo_fast.advantages import group_advantages
 from grpo_fast.backends import cuda as cuda_backend
-from grpo_fast.backends.base import Backend, RowChunk, RowObjective, RowSlopes, Transform, get_backend
+from grpo_fast.backends.base import (
+    Backend,
+    NativeRows,
+    RowChunk,
+    RowObjective,
+    RowSlopes,
+    Transform,
+    get_backend,
+    objective_rows_of,
+    statistics_of,
+)
 from grpo_fast.backends.cuda import CudaBackend
 from grpo_fast.config import HeadConfig, LossConfig
-from grpo_fast.objectives import Tokens
-from grpo_fast.packing import Segments
+from grpo_fast.objectives import Segments, Tokens
 from tests.cases import make_case, rel_rms
 from tests.cuda_groups import check_token_rows
 from tests.test_cuda_backend import emulated  # noqa: F401 - a fixture
@@ -98,7 +107,7 @@ def check_rows(kernels: Kernels, vocab: int, pitch: int, dtype: torch.dtype) -> 
     g[3] = e[3] = 0.0
     *statistics, expected = exact(logits, targets, g, e)
     rows = RowChunk(logits, targets, PLAIN)
-    found = cuda.statistics(rows)
+    found = statistics_of(cuda, rows)
     for name, one, other in zip(("logprobs", "entropy", "lse"), found, statistics, strict=True):
         assert (one - other).abs().max() <= 1e-5, name
     apart = torch.full((rows_, pitch), torch.nan, dtype=dtype, device=device)
@@ -124,11 +133,11 @@ def check_fused(
     config = LossConfig(loss_type="reinforce", entropy_coef=0.1)
     weights = torch.full((num_rows,), 0.5, device=device)
     out = torch.full_like(logits, torch.nan, dtype=dtype)
-    objective = RowObjective(tokens, weights, config, 2.0)
+    objective = RowObjective(tokens, weights, config, torch.tensor(2.0, device=device))
     rows = RowChunk(logits, targets, PLAIN)
     before = logits.clone()
     places = (out, out.clone(), None)
-    results = [cuda.objective_rows(rows, objective, dtype=dtype, out=place) for place in places]
+    results = [objective_rows_of(cuda, rows, objective, dtype=dtype, out=place) for place in places]
     dx, (logprobs, entropy, live) = results[0]
     for other_dx, others in results[1:]:
         assert torch.equal(dx, other_dx)
@@ -159,11 +168,11 @@ def test_rows_are_the_same_bits_anywhere(kernels: Kernels) -> None:
     cuda = kernels.engine
     vocab, pitch, num_rows = (1003, 1024, 24) if kernels.few else (50257, 50304, 700)
     logits, targets = kernels.chunk(vocab, pitch, num_rows)
-    whole = cuda.statistics(RowChunk(logits, targets, PLAIN))
+    whole = statistics_of(cuda, RowChunk(logits, targets, PLAIN))
     order = torch.randperm(num_rows, device=kernels.device)
     tight = logits[order].contiguous()  # rows that do not begin on 16 bytes
     for rows in (logits[order], tight):
-        again = cuda.statistics(RowChunk(rows, targets[order], PLAIN))
+        again = statistics_of(cuda, RowChunk(rows, targets[order], PLAIN))
         assert all(torch.equal(a[order], b) for a, b in zip(whole, again, strict=True))
 
 
@@ -175,7 +184,7 @@ def test_transformed_rows(kernels: Kernels) -> None:
     transform = Transform(HeadConfig(logit_scale=0.7, softcap=10.0), bias, temperature)
     wide = Transform(transform.head, bias.double(), temperature.double())
     rows, wide_rows = RowChunk(logits, targets, transform), RowChunk(logits.double(), targets, wide)
-    found, expected = cuda.statistics(rows), plain.statistics(wide_rows)
+    found, expected = statistics_of(cuda, rows), statistics_of(plain, wide_rows)
     for one, other in zip(found, expected, strict=True):
         assert (one - other).abs().max() <= 1e-5
     g = torch.linspace(-1, 1, kernels.rows, device=kernels.device)
@@ -195,7 +204,7 @@ def test_small_graph_of_all_passes(kernels: Kernels) -> None:
 
     def step() -> tuple[Tensor, ...]:
         rows = RowChunk(logits, targets, PLAIN)
-        found = cuda.statistics(rows)
+        found = statistics_of(cuda, rows)
         slopes = RowSlopes(found[2], found[1], g, None)
         return *found, cuda.gradient(rows, slopes, dtype=out.dtype, out=out)
 
@@ -226,7 +235,7 @@ def test_launches_are_what_the_file_says(kernels: Kernels) -> None:
 
 @on_gpu
 def test_errors_name_the_kernel_and_its_shape(kernels: Kernels) -> None:
-    rows = cuda_backend.NativeRows(cuda_backend.native(), RowChunk(*kernels.chunk(97, 128), PLAIN)).native
+    rows = NativeRows(cuda_backend.native(), RowChunk(*kernels.chunk(97, 128), PLAIN)).native
     nowhere = dict.fromkeys(("logprobs", "entropy", "lse", "stream"), 0)
     with pytest.raises(RuntimeError, match=r"row_statistics of \[40, 97\]: cudaSetDevice: cudaErrorInvalidDevice"):
         cuda_backend.native().row_statistics(rows, **nowhere, device=99)

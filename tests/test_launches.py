@@ -38,7 +38,7 @@ from grpo_fast.kernels import (  # noqa: E402
     row_statistics,
 )
 from grpo_fast.kernels.configuration import Configuration  # noqa: E402
-from grpo_fast.kernels.objective import PARAMETERS  # noqa: E402
+from grpo_fast.kernels.objective import PARAMETERS, POLICIES  # noqa: E402
 from grpo_fast.kernels.rows import Rows  # noqa: E402
 from grpo_fast.kernels.scale import scale_unless_one  # noqa: E402
 from tests.cards import CARD, card  # noqa: E402
@@ -113,9 +113,9 @@ ROWS = {
     "targets": f"int64[{R}]",
     "num_rows": R,
     "num_columns": V,
-    "scale": 1 / 0.7 / 0.6931471805599453,
+    "factor": 1 / 0.7 / 0.6931471805599453,
     "cap_scale": 0.0,
-    "slope": 1 / 0.7,
+    "chain": 1 / 0.7,
     "TRANSFORM": "none",
     "LANES": 512,
 }
@@ -319,8 +319,8 @@ SITES: dict[str, tuple[Callable[[], None], list[Expected]]] = {
                 "_row_gradient_kernel",
                 ROW_GRID,
                 ROWS
-                | {"bias": f"bfloat16[{V}]", "row_temperature": FLOATS, "TRANSFORM": "softcap", "slope": 1.0}
-                | {"scale": 30 / 0.6931471805599453, "cap_scale": 2 / 30 / 0.6931471805599453}
+                | {"bias": f"bfloat16[{V}]", "row_temperature": FLOATS, "TRANSFORM": "softcap", "chain": 1.0}
+                | {"factor": 30 / 0.6931471805599453, "cap_scale": 2 / 30 / 0.6931471805599453}
                 | dict.fromkeys(("lse", "entropy", "g", "e"), FLOATS)
                 | {"dx": f"float16[{R}, {V}]", "dx_stride": V, "vocab_start": 0, "IN_PLACE": False},
                 WALKED | {"bias", "dx"},
@@ -339,7 +339,7 @@ SITES: dict[str, tuple[Callable[[], None], list[Expected]]] = {
                 | {name: FLOATS if name in TOKENS[:2] else None for name in TOKENS}
                 | {"live": f"bool[{R}]", "parameters": "float32[12]", "entropy_gradient": None, "grad_scale": None}
                 | {"dx": f"bfloat16[{R}, {V}]", "dx_stride": 2 * PITCH, "IN_PLACE": True}
-                | {"POLICY": "clipped", "KL": "none", "KL_TIMES_RATIO": True, "CORRECTION": "none"},
+                | {"POLICY": POLICIES["clipped"], "KL": "none", "KL_TIMES_RATIO": True, "CORRECTION": "none"},
                 WALKED | {"dx", "dx_stride"},
             )
         ],
@@ -352,13 +352,13 @@ SITES: dict[str, tuple[Callable[[], None], list[Expected]]] = {
                 ROW_GRID,
                 ROWS
                 | {"bias": f"float32[{V}]", "row_temperature": FLOATS, "TRANSFORM": "negate"}
-                | {"scale": 1 / 0.6931471805599453, "slope": -1.0}
+                | {"factor": 1 / 0.6931471805599453, "chain": -1.0}
                 | RESULTS
                 | dict.fromkeys(TOKENS, FLOATS)
                 | {"live": f"bool[{R}]", "parameters": "float32[12]"}
                 | dict.fromkeys(("entropy_gradient", "grad_scale"), "float32[1]")
                 | {"dx": f"bfloat16[{R}, {V}]", "dx_stride": PITCH, "IN_PLACE": False}
-                | {"POLICY": "ppo_dual", "KL": "k3", "KL_TIMES_RATIO": True, "CORRECTION": "token_mask"},
+                | {"POLICY": POLICIES["ppo_dual"], "KL": "k3", "KL_TIMES_RATIO": True, "CORRECTION": "token_mask"},
                 WALKED | {"bias", "dx", "dx_stride"},
             )
         ],
@@ -432,7 +432,7 @@ SITES: dict[str, tuple[Callable[[], None], list[Expected]]] = {
             Expected("_write_kernel", (4,), COUNT | WRITE, POINTERS_OF_COUNT | set(TOKEN_RESULTS)),
         ],
     ),
-    "scale": (
+    "factor": (
         launch_scale,
         [
             Expected(

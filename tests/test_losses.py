@@ -20,9 +20,8 @@ from grpo_fast import Loss, LossConfig, Parameter, TermInputs, grpo_loss, policy
 from grpo_fast.loss_page import documentation
 from grpo_fast.losses import CLIP_METRICS, IMPORTANCE_SAMPLING_MODES, LOSS_TYPES, LOSSES, Coupling, Kernel, _check
 from grpo_fast.metrics import Metrics
-from grpo_fast.objectives import Tokens, objective, slope_beside_advantage
-from grpo_fast.ops.planner import least_workspace_bytes
-from grpo_fast.packing import Segments
+from grpo_fast.objectives import Segments, Tokens, objective, slope_beside_advantage
+from grpo_fast.ops.call import workspace_for
 from tests.cases import BACKENDS, Case, assert_close, make_case, objective_kwargs
 from tests.test_loss import oracle, run
 
@@ -38,6 +37,7 @@ def _table() -> Iterator[None]:
     yield
     LOSSES.clear()
     LOSSES.update(before)
+    LossConfig.from_key.cache_clear()
 
 
 def config_of(name: str, **options: Any) -> LossConfig:
@@ -288,7 +288,8 @@ def plain_loss(case: Case, name: str) -> tuple[Tensor, dict[str, Tensor]]:
 
 def check_registered(backend: str, case: Case, plans: tuple[str, ...]) -> None:
     """Both losses, in plans that serve them, against the same through full logits."""
-    workspace = least_workspace_bytes(backend, case.weight.shape[0], case.weight.dtype, case.weight.device)  # 16 rows
+    server = "torch" if case.weight.dtype == torch.float64 else backend
+    workspace = workspace_for(server, case.weight.shape[0], case.weight.dtype, case.weight.device)  # 16 rows
     own = {"hinge": {"most": 1.3, "pull": 0.05}, "geometric": {}}
     for record in (hinge(), geometric()):
         config = LossConfig(loss_type=register_loss(record), parameters=own[record.name])

@@ -23,7 +23,7 @@ from benchmarks.gpu.parts import Clock, Context, Task
 from benchmarks.gpu.shapes import TINY
 from benchmarks.gpu.step import Step, peak_bound
 from benchmarks.gpu.store import Store, read
-from grpo_fast.ops.planner import row_budget
+from grpo_fast.ops.call import row_budget
 from tests.stand_in import stand_in
 from tests.test_make_gpu import ROOT, Quiet, raises, run_tasks
 

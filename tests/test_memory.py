@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from grpo_fast.backends.base import get_backend
 from grpo_fast.loss import LossConfig, grpo_loss, token_logprobs
-from grpo_fast.ops import gradients, launch
+from grpo_fast.ops import call, passes
 from tests.allocations import AllocationSpy
 from tests.cases import BACKENDS
 
@@ -18,9 +17,7 @@ SEQUENCE = LossConfig(importance_sampling_level="sequence", beta=0.1)
 TOKEN = LossConfig(beta=0.1, entropy_coef=0.01)
 
 
-def workspace_for(backend: str, rows: int, vocab: int, dtype: torch.dtype) -> int:
-    """Bytes that hold `rows` rows of logits and what the backend needs besides."""
-    return get_backend(backend).scratch_bytes(vocab, dtype, torch.device("cpu")) + 4 * rows * vocab
+CPU = torch.device("cpu")
 
 
 def run(
@@ -61,7 +58,7 @@ def run(
 @pytest.mark.parametrize("plan", PLANS)
 def test_real_run(plan: str, dtype: torch.dtype, backend: str) -> None:
     tokens, vocab = 1024, 3001
-    workspace = workspace_for(backend, 300, vocab, dtype)
+    workspace = call.workspace_for(backend, vocab, dtype, CPU, 300)
     spy, rest = run(plan, tokens, 16, vocab, dtype, workspace, sequences=64, backend=backend)
     assert spy.elements < tokens * vocab / 2
     assert spy.largest <= max(workspace, 4 * vocab * 16), spy.largest_shape
@@ -73,9 +70,9 @@ def test_real_run(plan: str, dtype: torch.dtype, backend: str) -> None:
 def test_large_shapes_without_running_them(plan: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """T = 8192, V = 151936 with the default CPU workspace, on fake tensors (which hold no values to count)."""
     tokens, vocab, width, sequences = 8192, 151936, 1024, 64
-    monkeypatch.setattr(gradients, "_without_idle_rows", lambda index, hidden, dx, live: (index, hidden, dx))
+    monkeypatch.setattr(passes, "_without_idle_rows", lambda index, hidden, dx, live: (index, hidden, dx))
     counts = [tokens // sequences] * sequences
-    monkeypatch.setattr(launch.HeadLaunch, "row_counts", lambda self, tokens: counts)
+    monkeypatch.setattr(call.HeadCall, "rows_of_sequences", lambda self, segments, mask: counts)
     with FakeTensorMode():
         spy, rest = run(plan, tokens, width, vocab, dtype, 256 * MIB, sequences, "torch")
     assert spy.elements < tokens * vocab / 4
@@ -109,7 +106,7 @@ def test_no_grad_keeps_nothing() -> None:
     hidden, weight = torch.randn(1024, 16), torch.randn(2000, 16, requires_grad=True)
     targets = torch.randint(0, 2000, (1024,))
     for backend in BACKENDS:
-        workspace = workspace_for(backend, 300, 2000, torch.float32)
+        workspace = call.workspace_for(backend, 2000, torch.float32, CPU, 300)
         with AllocationSpy() as spy, torch.no_grad():
             out = token_logprobs(hidden, weight, targets, workspace_bytes=workspace, backend=backend)
         assert spy.peak <= workspace + 1024 * 400
@@ -123,7 +120,7 @@ def test_main_grad_needs_no_vocabulary_sized_temporary(backend: str) -> None:
     hidden = torch.randn(512, 64).bfloat16().requires_grad_()
     weight = torch.randn(3000, 64).bfloat16().requires_grad_()
     buffer, targets = torch.zeros(3000, 64), torch.randint(0, 3000, (512,))
-    workspace = workspace_for(backend, 300, 3000, torch.bfloat16)
+    workspace = call.workspace_for(backend, 3000, torch.bfloat16, CPU, 300)
     for plan in ("single_pass", "recompute", "lean"):
         with AllocationSpy() as spy:
             out = grpo_loss(

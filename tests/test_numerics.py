@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from grpo_fast.backends.base import RowChunk, RowSlopes, Transform, get_backend
+from grpo_fast.backends import float32_products
+from grpo_fast.backends.base import RowChunk, RowSlopes, Transform, get_backend, statistics_of
 from grpo_fast.backends.float32_products import add_product
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.loss import grpo_loss, policy_loss, token_logprobs
-from grpo_fast.ops import float32_products
 from tests.allocations import AllocationSpy
 from tests.cases import BACKENDS, TOLERANCES, make_case, rel_rms
 from tests.test_loss import legal_plans, oracle, run
@@ -114,7 +114,7 @@ def test_words_that_cannot_be(e: float, backend: str) -> None:
     logits[:, ::5] = -torch.inf
     rows = RowChunk(logits, torch.tensor([1, 2, 3, 4]), Transform(HeadConfig(), None, 1.0))
     engine = get_backend(backend)
-    logprobs, entropy, lse = engine.statistics(rows)
+    logprobs, entropy, lse = statistics_of(engine, rows)
     slopes = RowSlopes(lse, entropy, torch.full((4,), 0.5), torch.full((4,), e))
     z = logits.double().requires_grad_()
     possible = z.isfinite()

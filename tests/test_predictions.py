@@ -26,7 +26,7 @@ def test_tables_come_from_formulas(name: str) -> None:
 def test_plans_are_the_planners() -> None:
     import torch
 
-    from grpo_fast.ops.planner import row_budget
+    from grpo_fast.ops.call import row_budget
 
     for workspace in (predictions.SMALL_WORKSPACE, predictions.WORKSPACE):
         budget = row_budget("triton", predictions.V, 2048, torch.bfloat16, torch.device("cuda", 0), workspace)

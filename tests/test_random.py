@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.loss import Metrics, grpo_loss, policy_loss, token_logprobs
-from grpo_fast.ops.workspace import boundaries
+from grpo_fast.ops.passes import boundaries
 from grpo_fast.reference import reference_logprobs, reference_loss, reference_policy_loss
 from tests.cases import BACKENDS, INTERPRETED, TOLERANCES, rel_rms
 from tests.random_cases import (
@@ -416,7 +416,7 @@ class Plain:
 
 def check_plan(problem: Problem, out: Any, computed: Tensor) -> None:
     s = problem.settings
-    assert out.backend == s.backend
+    assert out.backend == s.served_by
     if s.plan == "auto":
         flat = computed.reshape(-1)
         longest = max((int(flat[begin:end].sum()) for begin, end in s.bounds), default=0)

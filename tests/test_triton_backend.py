@@ -10,16 +10,17 @@ import pytest
 import torch
 
 from grpo_fast.backends import base as backend
-from grpo_fast.backends.base import get_backend, resolve_backend
-from grpo_fast.backends.fused import objective_numbers
-from grpo_fast.backends.groups import native_token_rows
-from grpo_fast.backends.native import _objective_config
+from grpo_fast.backends.base import get_backend, native_objective, resolve_backend
 from grpo_fast.backends.triton import _objective
 from grpo_fast.config import LossConfig
-from grpo_fast.ops.planner import default_workspace_bytes, row_budget, tuning
+from grpo_fast.inputs import token_inputs
+from grpo_fast.objectives import Segments, Tokens, _kernel_objective, kernel_objective
+from grpo_fast.ops.call import default_workspace_bytes, row_budget, tuning
 
 GPU = torch.device("cuda", 0)
 MIB = 2**20
+MASK = torch.ones(2, dtype=torch.bool)
+TOKENS = Tokens(torch.ones(2), MASK, Segments(torch.tensor([0, 2]), 2), MASK.sum())
 
 
 @pytest.fixture
@@ -91,22 +92,24 @@ def test_group_rows_are_the_backends_own(name: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(group_rows, "token_rows", lambda *args, **given: asked.append("triton"))
     if get_backend("cpu").why_unavailable(torch.device("cpu")) is not None:
         pytest.skip("needs grpo_fast._C")
-    rows = native_token_rows(
-        torch.ones(2), torch.tensor([0, 2, 4]), None, None, num_tokens=4, aggregation="token_mean", normalizer=None,
-        every_row=True, backend=name,
-    )  # fmt: skip
-    assert (rows is None) == (name in ("torch", "cuda"))
+    rows = token_inputs(
+        torch.ones(4), (4,), torch.ones(2), cu_seqlens=torch.tensor([0, 2, 4]), loss_mask=None, config=LossConfig(),
+        normalizer=None, backend=name,
+    ).active  # fmt: skip
+    assert rows is not None
+    assert (rows.listed is None) == (name in ("torch", "cuda"))
     assert asked == ["triton"] * (name == "triton")
 
 
 def test_objectives_kept_for_kernels_are_few() -> None:
     """A9: an entropy bonus that changes from call to call makes no new entry, and there is an end to the others."""
     for number in range(300):
-        objective_numbers(LossConfig(entropy_coef=number / 7))
-        objective_numbers(LossConfig(beta=number / 7))
-    assert objective_numbers.cache_info().maxsize == _objective.cache_info().maxsize == 64
-    assert _objective_config.cache_info().maxsize == 64
-    assert objective_numbers(LossConfig(entropy_coef=0.1)) == objective_numbers(LossConfig(entropy_coef=0.2))
+        kernel_objective(LossConfig(entropy_coef=number / 7), TOKENS)
+        kernel_objective(LossConfig(beta=number / 7), TOKENS)
+    for cached in (_kernel_objective, _objective, native_objective):
+        assert cached.cache_info().maxsize == 64
+    one, other = (kernel_objective(LossConfig(entropy_coef=coef), TOKENS) for coef in (0.1, 0.2))
+    assert one == other
 
 
 def test_operators_stay_out_of_cuda_graphs() -> None:

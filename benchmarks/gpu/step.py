@@ -19,7 +19,7 @@ from benchmarks.gpu.contest import Entry, complaint
 from benchmarks.gpu.exact import Exact
 from benchmarks.gpu.parts import Context
 from benchmarks.measure import floor_gemms
-from grpo_fast.ops.planner import row_budget
+from grpo_fast.ops.call import row_budget
 
 
 def batch_of(context: Context, model: Model, scenario: str = "full") -> Batch:

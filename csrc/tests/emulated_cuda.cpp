@@ -37,11 +37,11 @@ void row_gradient_cuda(const Rows& rows, const float* lse, const float* entropy,
   testing::launch<Pass::kGradient>(task, out.dtype, shared_limit(queue), 2, next_seed());
 }
 
-void row_objective_cuda(const Rows& rows, const ObjectiveConfig& config, const RowTokens& tokens,
+void row_objective_cuda(const Rows& rows, const Objective& objective, const TokenArrays& tokens,
                         Scalar entropy_gradient, Scalar grad_scale, const DxOut& out, float* logprobs, float* entropy,
                         uint8_t* live, CudaQueue queue) {
   const RowTask task =
-      objective_task(rows, config, tokens, entropy_gradient, grad_scale, out, logprobs, entropy, live);
+      objective_task(rows, objective, tokens, entropy_gradient, grad_scale, out, logprobs, entropy, live);
   testing::launch<Pass::kObjective>(task, out.dtype, shared_limit(queue), 2, next_seed());
 }
 

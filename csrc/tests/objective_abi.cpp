@@ -4,17 +4,17 @@
 
 namespace {
 
-// Arrays of n; null where absent. `flags` is separate: its type does not follow Real.
+// Arrays of n; null where absent.
 template <typename Real>
 struct Arrays {
   const Real *logprobs, *old_logprobs, *ref_logprobs, *sampling_logprobs, *importance, *advantages;
-  Real *terms, *d_logprobs, *ratios, *clip_ratios, *kls, *importances;
+  Real *terms, *slopes;
 };
 
 template <typename Real>
-void run(const grpo_fast::ObjectiveConfig& config, int64_t num, const Arrays<Real>& arrays, uint32_t* flags) {
+void run(const grpo_fast::Objective& objective, int64_t num, const Arrays<Real>& arrays) {
   for (int64_t t = 0; t < num; ++t) {
-    grpo_fast::BasicTokenInputs<Real> token;
+    grpo_fast::Token<Real> token;
     token.logprob = arrays.logprobs[t];
     token.has_old = arrays.old_logprobs != nullptr;
     token.has_sampling = arrays.sampling_logprobs != nullptr;
@@ -23,14 +23,9 @@ void run(const grpo_fast::ObjectiveConfig& config, int64_t num, const Arrays<Rea
     if (arrays.ref_logprobs != nullptr) token.ref_logprob = arrays.ref_logprobs[t];
     if (arrays.importance != nullptr) token.importance = arrays.importance[t];
     token.advantage = arrays.advantages[t];
-    const auto out = grpo_fast::token_objective(config, token);
-    arrays.terms[t] = out.term;
-    arrays.d_logprobs[t] = out.d_logprob;
-    arrays.ratios[t] = out.ratio;
-    arrays.clip_ratios[t] = out.clip_ratio;
-    arrays.kls[t] = out.kl;
-    arrays.importances[t] = out.importance;
-    flags[t] = out.flags;
+    const grpo_fast::Dual<Real> term = grpo_fast::token_term(objective, token);
+    arrays.terms[t] = term.value;
+    arrays.slopes[t] = term.slope;
   }
 }
 
@@ -38,16 +33,14 @@ void run(const grpo_fast::ObjectiveConfig& config, int64_t num, const Arrays<Rea
 
 extern "C" {
 
-int64_t objective_config_size() { return sizeof(grpo_fast::ObjectiveConfig); }
+int64_t objective_size() { return sizeof(grpo_fast::Objective); }
 
-void objective_float(const grpo_fast::ObjectiveConfig* config, int64_t num, const Arrays<float>* arrays,
-                     uint32_t* flags) {
-  run(*config, num, *arrays, flags);
+void objective_float(const grpo_fast::Objective* objective, int64_t num, const Arrays<float>* arrays) {
+  run(*objective, num, *arrays);
 }
 
-void objective_double(const grpo_fast::ObjectiveConfig* config, int64_t num, const Arrays<double>* arrays,
-                      uint32_t* flags) {
-  run(*config, num, *arrays, flags);
+void objective_double(const grpo_fast::Objective* objective, int64_t num, const Arrays<double>* arrays) {
+  run(*objective, num, *arrays);
 }
 
 }  // extern "C"

@@ -12,11 +12,12 @@
 
 #include "check.h"
 #include "narrow.h"
+#include "objectives.h"
 
 namespace testing {
 
 using grpo_fast::Rows;
-using grpo_fast::RowTokens;
+using grpo_fast::TokenArrays;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
@@ -99,7 +100,7 @@ struct Chunk {
             head.has_row_temperature ? temperature.data() : nullptr};
   }
 
-  RowTokens tokens() const {
+  TokenArrays tokens() const {
     return {advantages.data(),   weights.data(),           old_logprobs.data(),
             ref_logprobs.data(), sampling_logprobs.data(), nullptr};
   }
@@ -110,8 +111,8 @@ struct Chunk {
 struct Expected {
   double logprob, entropy, lse;
   double resolution;             // what the float32 roundings of a logit and of lse may add up to, nats
-  std::vector<double> z, slope;  // logits, and d logit / d raw
-  double full_slope;             // without the soft cap's share
+  std::vector<double> z, dz_dx;  // logits, and their derivatives in the products
+  double chain;                  // dz / dx without the soft cap's share
 };
 
 inline Expected expected_row(const Chunk& chunk, int64_t t) {
@@ -120,11 +121,10 @@ inline Expected expected_row(const Chunk& chunk, int64_t t) {
   const double scale = chunk.head.logit_scale, cap = chunk.head.softcap;
   for (int64_t v = 0; v < chunk.width; ++v) {
     const double x = scale * (double(chunk.at(t, v)) + (chunk.head.has_bias ? double(chunk.bias[size_t(v)]) : 0.0));
-    const double bent = cap == 0 ? x : cap * std::tanh(x / cap);
-    out.z.push_back(bent / temperature);
-    out.slope.push_back(scale / temperature * (cap == 0 ? 1.0 : 1 / std::pow(std::cosh(x / cap), 2)));
+    out.z.push_back((cap == 0 ? x : cap * std::tanh(x / cap)) / temperature);
+    out.dz_dx.push_back(scale / temperature * (cap == 0 ? 1.0 : 1 / std::pow(std::cosh(x / cap), 2)));
   }
-  out.full_slope = scale / temperature;
+  out.chain = scale / temperature;
   const double top = *std::max_element(out.z.begin(), out.z.end());
   double sum = 0, moment = 0;
   for (const double z : out.z) sum += std::exp(z - top);
@@ -150,9 +150,9 @@ inline std::vector<double> expected_gradient(const Chunk& chunk, int64_t t, doub
     const double log_p = row.z[v] - row.lse, p = std::exp(log_p);
     const double surprise = p == 0 ? 0.0 : p * (log_p + row.entropy);
     const bool hit = int64_t(v) == chunk.targets[size_t(t)];
-    out.push_back((g * (hit - p) - e * surprise) * row.slope[v]);
+    out.push_back((g * (hit - p) - e * surprise) * row.dz_dx[v]);
     squares += std::pow(
-        (std::abs(g) * (hit + p) + std::abs(e) * p * (std::abs(p == 0 ? 0 : log_p) + row.entropy)) * row.full_slope, 2);
+        (std::abs(g) * (hit + p) + std::abs(e) * p * (std::abs(p == 0 ? 0 : log_p) + row.entropy)) * row.chain, 2);
   }
   if (size != nullptr) *size = std::sqrt(squares);
   return out;
@@ -182,12 +182,11 @@ inline double gradient_bound(const Chunk& before, int64_t t, DType dtype) {
   return 5e-7 + 2 * expected_row(before, t).resolution + narrowing;
 }
 
-inline grpo_fast::ObjectiveConfig clipped_with_kl() {
-  grpo_fast::ObjectiveConfig config;
-  config.kl = grpo_fast::KlEstimator::kK3;
-  config.beta = 0.1;
-  config.delta = 2.0;
-  return config;
+inline grpo_fast::Objective clipped_with_kl() {
+  grpo_fast::Objective objective = make_objective(grpo_fast::PolicyTerm::clipped, grpo_fast::KlEstimator::k3);
+  objective.parameters.beta = 0.1;
+  objective.parameters.delta = 2.0;
+  return objective;
 }
 
 }  // namespace testing

@@ -78,7 +78,7 @@ struct Run {
   void objective(float bonus, float scale, int shared_limit, int clusters = 1, uint64_t seed = 1) {
     RowTask given = task();
     set_output(given);
-    given.config = clipped_with_kl(), given.tokens = chunk.tokens();
+    given.objective = clipped_with_kl(), given.tokens = chunk.tokens();
     given.entropy_gradient = {&bonus, 0.0f}, given.grad_scale = {nullptr, scale};
     launch<Pass::kObjective>(given, dtype, shared_limit, clusters, seed);
   }
@@ -121,14 +121,14 @@ void check_gradient(const Run& run, const Chunk& before, int64_t t, double g, do
 }
 
 double slope_of(const Chunk& chunk, const Run& run, size_t t) {
-  grpo_fast::BasicTokenInputs<double> token;
+  grpo_fast::Token<double> token;
   token.logprob = run.logprobs[t];  // whose own error is checked
   token.old_logprob = chunk.old_logprobs[t];
   token.ref_logprob = chunk.ref_logprobs[t];
   token.sampling_logprob = chunk.sampling_logprobs[t];
   token.advantage = chunk.advantages[t];
   token.has_old = token.has_sampling = true;
-  return grpo_fast::token_objective(clipped_with_kl(), token).d_logprob * chunk.weights[t];
+  return grpo_fast::token_term(clipped_with_kl(), token).slope * chunk.weights[t];
 }
 
 void check_objective(const Run& run, const Chunk& before, float bonus, float scale) {
@@ -257,7 +257,7 @@ TEST(gpu_rows_without_gradient_are_zero_and_say_so) {
       Run run(chunk, DType::kBFloat16, over);
       RowTask task = run.task();
       run.set_output(task);
-      task.config.policy = grpo_fast::PolicyTerm::kReinforce;
+      task.objective = testing::make_objective(grpo_fast::PolicyTerm::reinforce);
       task.tokens = chunk.tokens(), task.grad_scale = {nullptr, 1.0f};
       launch<Pass::kObjective>(task, run.dtype, shared_limit, 1, 3);
       CHECK(run.live[0] == 0 && run.live[1] == 1 && run.live[2] == 0, "live %d %d %d", run.live[0], run.live[1],

@@ -123,7 +123,7 @@ TEST(vocabulary_blocks_make_up_the_row) {
 
 TEST(fused_row_matches_double) {
   for_each_chunk([](Chunk& chunk, Isa isa) {
-    const grpo_fast::ObjectiveConfig config = clipped_with_kl();
+    const grpo_fast::Objective objective = clipped_with_kl();
     const float bonus = chunk.width % 2 == 0 ? 0.01f : 0.0f, scale = 8.0f;
     const Found found(chunk, {1, isa});
     chunk.set_policies(found.logprobs, uint64_t(chunk.width));
@@ -131,20 +131,20 @@ TEST(fused_row_matches_double) {
       Chunk after = chunk;
       std::vector<float> logprobs(size_t(chunk.num)), entropy(size_t(chunk.num));
       std::vector<uint8_t> live(size_t(chunk.num), 7);
-      grpo_fast::row_objective(after.rows(), config, chunk.tokens(), bonus, scale, dtype, logprobs.data(),
+      grpo_fast::row_objective(after.rows(), objective, chunk.tokens(), bonus, scale, dtype, logprobs.data(),
                                entropy.data(), live.data(), {1, isa});
       check_guards(after);
       CHECK(same_bits(logprobs, found.logprobs) && same_bits(entropy, found.entropy), "V %d: other statistics",
             int(chunk.width));
       for (int64_t t = 0; t < chunk.num; ++t) {
-        grpo_fast::BasicTokenInputs<double> token;
+        grpo_fast::Token<double> token;
         token.logprob = found.logprobs[size_t(t)];  // whose own error is checked above
         token.old_logprob = chunk.old_logprobs[size_t(t)];
         token.ref_logprob = chunk.ref_logprobs[size_t(t)];
         token.sampling_logprob = chunk.sampling_logprobs[size_t(t)];
         token.advantage = chunk.advantages[size_t(t)];
         token.has_old = token.has_sampling = true;
-        const double g = grpo_fast::token_objective(config, token).d_logprob * chunk.weights[size_t(t)];
+        const double g = grpo_fast::token_term(objective, token).slope * chunk.weights[size_t(t)];
         CHECK(live[size_t(t)] == 1, "row %d: live %d at g %g", int(t), int(live[size_t(t)]), g);
         if (chunk.width == 1) continue;
         const double error = gradient_error(after, chunk, t, g * scale, bonus * scale, dtype);
@@ -160,11 +160,10 @@ TEST(rows_without_gradient_are_zero_and_say_so) {
     Chunk chunk(3, 1100, kHeads[0], 5), before = chunk;
     chunk.advantages = {0.0f, 1.0f, 0.0f};
     chunk.set_policies({-7.0f, -8.0f, -9.0f}, 6);
-    grpo_fast::ObjectiveConfig config;
-    config.policy = grpo_fast::PolicyTerm::kReinforce;
+    const grpo_fast::Objective objective = make_objective(grpo_fast::PolicyTerm::reinforce);
     std::vector<float> logprobs(3), entropy(3);
     std::vector<uint8_t> live(3, 7);
-    grpo_fast::row_objective(chunk.rows(), config, chunk.tokens(), 0.0f, 1.0f, dtype, logprobs.data(), entropy.data(),
+    grpo_fast::row_objective(chunk.rows(), objective, chunk.tokens(), 0.0f, 1.0f, dtype, logprobs.data(), entropy.data(),
                              live.data(), {1, grpo_fast::detected_isa()});
     CHECK(live[0] == 0 && live[1] == 1 && live[2] == 0, "live %d %d %d", live[0], live[1], live[2]);
     for (int64_t v = 0; v < chunk.width; ++v) {

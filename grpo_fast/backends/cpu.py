@@ -6,33 +6,33 @@
 
 Chunks are as large as the workspace allows, since each packs the whole weight: on two EPYC cores the full step at T =
 2048, V = 49152 took 0.59, 0.54 and 0.51 s with 64, 128 and 256 MiB, at T = 1024, V = 151936 2.0, 1.7 and 1.3 s.
-
-Tensors go over as addresses: `_C` does not link torch.
 """
 
 from __future__ import annotations
 
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from grpo_fast.backends.base import ObjectiveResults, RowChunk, RowObjective, RowSlopes, RowStatistics
-from grpo_fast.backends.fused import FusedBackend, correction_of, token_tensors
-from grpo_fast.backends.native import (
+from grpo_fast.backends.base import (
+    GroupFunctions,
     NativeRows,
-    load_module,
+    ObjectiveResults,
+    RowChunk,
+    RowObjective,
+    RowSlopes,
+    RowStatistics,
+    addresses,
     native_dtype,
-    not_built,
-    objective_config,
-    slope_tensors,
+    native_objective,
 )
-from grpo_fast.backends.native import address as _address
+from grpo_fast.backends.torch import TorchBackend
+from grpo_fast.install import load_module, not_built
 
 # After torch: the two share one OpenMP runtime, and gemm_cpu.cpp looks into torch's library.
 _C, _missing = load_module("grpo_fast._C")
-_Rows = partial(NativeRows, _C)
 
 TILE_ROWS = 64
 """Rows of a logits product; any number gives the same bits, so this only rounds chunks."""
@@ -45,7 +45,7 @@ def native() -> Any:
     return _C
 
 
-class CpuBackend(FusedBackend):
+class CpuBackend(TorchBackend):
     """See the module. What is not overridden, or not offered for a dtype, is the torch backend's."""
 
     name = "cpu"
@@ -57,9 +57,12 @@ class CpuBackend(FusedBackend):
             return not_built("grpo_fast._C", _missing, "a C++17 compiler", "GRPO_FAST_CPU")
         return None
 
-    def gemm_scratch_bytes(self, dtype: torch.dtype, device: torch.device) -> int:
+    def row_scratch_bytes(self, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+        return 4 * vocab  # a float32 bias
+
+    def product_scratch_bytes(self, dtype: torch.dtype, device: torch.device) -> int:
         if not _multiplies(dtype):
-            return super().gemm_scratch_bytes(dtype, device)
+            return super().product_scratch_bytes(dtype, device)
         return int(_C.GEMM_SCRATCH_PER_THREAD) * torch.get_num_threads()
 
     def preferred_tile_rows(self, dtype: torch.dtype, device: torch.device) -> int:
@@ -71,7 +74,7 @@ class CpuBackend(FusedBackend):
             _C.advise_huge_pages(buffer.data_ptr(), buffer.nbytes)
         return buffer
 
-    # -- GEMMs -------------------------------------------------------------------------------------------------------
+    # -- products ----------------------------------------------------------------------------------------------------
 
     def logits(self, hidden: Tensor, weight: Tensor, out: Tensor, tile_rows: int) -> None:
         if not _multiplies(hidden.dtype):
@@ -81,14 +84,11 @@ class CpuBackend(FusedBackend):
         scratch, threads = _scratch(hidden)
         _C.gemm_logits(
             _dtype(hidden.dtype),
-            hidden=hidden.data_ptr(),
-            weight=weight.data_ptr(),
-            out=out.data_ptr(),
+            **addresses(hidden=hidden, weight=weight, out=out, scratch=scratch),
             rows=hidden.shape[0],
             width=hidden.shape[1],
             vocab=weight.shape[0],
             out_stride=out.stride(0),
-            scratch=scratch.data_ptr(),
             threads=threads,
         )
 
@@ -102,14 +102,11 @@ class CpuBackend(FusedBackend):
         scratch, threads = _scratch(out)
         _C.gemm_grad_hidden(
             _dtype(dx.dtype),
-            dx=dx.data_ptr(),
-            weight=weight.data_ptr(),
-            out=out.data_ptr(),
+            **addresses(dx=dx, weight=weight, out=out, scratch=scratch),
             rows=dx.shape[0],
             width=weight.shape[1],
             vocab=weight.shape[0],
             dx_stride=dx.stride(0),
-            scratch=scratch.data_ptr(),
             threads=threads,
         )
 
@@ -122,66 +119,114 @@ class CpuBackend(FusedBackend):
         packed = hidden.new_empty(_C.gemm_packed_bytes(*hidden.shape), dtype=torch.uint8)
         _C.gemm_grad_weight(
             _dtype(dx.dtype),
-            dx=dx.data_ptr(),
-            hidden=hidden.data_ptr(),
-            base=_address(base),
-            out=out.data_ptr(),
+            **addresses(dx=dx, hidden=hidden, base=base, out=out, packed=packed, scratch=scratch),
             narrow_out=out.dtype != torch.float32,
             rows=dx.shape[0],
             width=hidden.shape[1],
             vocab=dx.shape[1],
             dx_stride=dx.stride(0),
-            packed=packed.data_ptr(),
-            scratch=scratch.data_ptr(),
             threads=threads,
         )
 
     # -- row functions -----------------------------------------------------------------------------------------------
 
-    def fused_statistics(self, rows: RowChunk, out: RowStatistics) -> None:
-        native_rows = _Rows(rows)
-        _C.row_statistics(
-            native_rows.native,
-            logprobs=out.logprobs.data_ptr(),
-            entropy=out.entropy.data_ptr(),
-            lse=out.lse.data_ptr(),
-            threads=torch.get_num_threads(),
-        )
+    def statistics(self, rows: RowChunk, out: RowStatistics) -> None:
+        native_rows = NativeRows(_C, rows)
+        _C.row_statistics(native_rows.native, **addresses(**out._asdict()), threads=torch.get_num_threads())
 
-    def fused_gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-        native_rows, kept = _Rows(rows), slope_tensors(slopes)
+    def gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        native_rows, kept = NativeRows(_C, rows), slopes.tensors()
         _C.row_gradient(
             native_rows.native,
-            **{name: _address(t) for name, t in kept.items()},
+            **addresses(**kept),
             vocab_start=rows.vocab_start,
             dtype=_dtype(_dx_dtype(dtype)),
             threads=torch.get_num_threads(),
         )
         return _dx(rows.logits, dtype, out)
 
-    def fused_objective(
+    def objective_rows(
         self,
         rows: RowChunk,
         objective: RowObjective,
         results: ObjectiveResults,
         *,
         dtype: torch.dtype,
-        out: Tensor | None,
+        out: Tensor | None = None,
     ) -> Tensor:
-        native_rows, given = _Rows(rows), token_tensors(objective)
+        if (kernel := objective.kernel) is None:
+            return super().objective_rows(rows, objective, results, dtype=dtype, out=out)
+        native_rows, kept = NativeRows(_C, rows), objective.tensors()
         _C.row_objective(
             native_rows.native,
-            objective_config(_C, objective.config, correction_of(objective)),
-            **{name: _address(t) for name, t in given.items()},
+            native_objective(_C, kernel),
+            **addresses(**kept),
             entropy_gradient=-objective.config.entropy_coef / float(objective.tokens.bonus_count),
-            grad_scale=float(objective.grad_scale),
+            grad_scale=1.0 if objective.grad_scale is None else float(objective.grad_scale),
             dtype=_dtype(_dx_dtype(dtype)),
-            logprobs=results.logprobs.data_ptr(),
-            entropy=results.entropy.data_ptr(),
-            live=results.live.data_ptr(),
+            **addresses(**results._asdict()),
             threads=torch.get_num_threads(),
         )
         return _dx(rows.logits, dtype, out)
+
+    def group_functions(self) -> GroupFunctions:
+        return GroupFunctions(_group_advantages, _token_rows)
+
+
+def _group_advantages(
+    rewards: Tensor,
+    *,
+    factors: Tensor | None,
+    group_size: int | None,
+    order: Tensor | None,
+    labels: Tensor | None,
+    scale: str,
+    aggregation: str,
+) -> Tensor:
+    rewards, order = rewards.contiguous(), None if order is None else order.contiguous()
+    weights = None if factors is None else factors.double().contiguous()
+    offsets = None
+    if labels is not None:
+        lengths = torch.unique_consecutive(labels, return_counts=True)[1]
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    out = rewards.new_empty(rewards.shape[0])
+    _C.group_advantages(
+        _dtype(rewards.dtype),
+        **addresses(rewards=rewards, weights=weights, order=order, offsets=offsets, out=out),
+        num_completions=rewards.shape[0],
+        num_rewards=rewards.shape[1],
+        group_size=group_size or 0,
+        num_groups=0 if offsets is None else offsets.numel() - 1,
+        scale=getattr(_C.AdvantageScale, scale),
+        aggregation=getattr(_C.RewardAggregation, aggregation),
+    )
+    return out
+
+
+def _token_rows(
+    advantages: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    normalizer: Tensor | None,
+    aggregation: str,
+    every_row: bool,
+    num_active: Tensor,
+    **tensors: Tensor | None,
+) -> None:
+    num_sequences = cu_seqlens.numel() - 1
+    weights = tensors["weights"]
+    assert weights is not None
+    count = _C.token_rows(
+        _dtype(advantages.dtype),
+        **addresses(advantages=advantages, cu_seqlens=cu_seqlens, **tensors),
+        num_sequences=num_sequences,
+        num_tokens=weights.numel(),
+        advantages_per_token=advantages.numel() != num_sequences,
+        aggregation=getattr(_C.TokenAggregation, aggregation),
+        normalizer=None if normalizer is None else float(normalizer),
+        every_row=every_row,
+    )
+    num_active.fill_(count)
 
 
 def _dtype(dtype: torch.dtype) -> Any:
@@ -202,7 +247,7 @@ def _multiplies(dtype: torch.dtype) -> bool:
 
 
 def _dx_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of dx for GEMM operands of `dtype`: narrow where narrow products exist, else torch multiplies float32."""
+    """Of dx for operands of `dtype`: narrow where narrow products exist, else torch multiplies float32."""
     return dtype if _multiplies(dtype) else torch.float32
 
 

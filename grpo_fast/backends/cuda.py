@@ -1,4 +1,4 @@
-"""The `cuda` backend: row functions as ahead-of-time compiled CUDA kernels (csrc/*.cu), GEMMs by cuBLAS through torch.
+"""The `cuda` backend: row functions as CUDA kernels, compiled ahead of time (csrc/*.cu); products by cuBLAS.
 
     logits   float32 from bf16 operands (`out_dtype`), in tiles of `tile_rows` rows
     row_*    csrc/row_cuda.h, one launch a tile; on sm_90 and later the row stays in the shared memory of a cluster
@@ -6,7 +6,7 @@
 
 Rows are padded to 64 elements, so that 16-byte accesses and bulk copies serve every vocabulary; other strides work,
 more slowly. Nothing is compiled at run time and only torch's allocator is asked for memory, so that a step can be
-captured in a CUDA graph. float64, which only tests use, has torch's row functions.
+captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -16,17 +16,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.backends.base import ObjectiveResults, RowChunk, RowObjective, RowSlopes, RowStatistics
-from grpo_fast.backends.fused import GpuBackend, correction_of, entropy_slope, old_gpu, token_tensors
-from grpo_fast.backends.native import (
+from grpo_fast.backends.base import (
     NativeRows,
-    address,
-    load_module,
+    ObjectiveResults,
+    RowChunk,
+    RowObjective,
+    RowSlopes,
+    RowStatistics,
+    addresses,
     native_dtype,
-    not_built,
-    objective_config,
-    slope_tensors,
+    native_objective,
 )
+from grpo_fast.backends.devices import old_gpu, padded
+from grpo_fast.backends.torch import TorchBackend
+from grpo_fast.install import load_module, not_built
 
 _cuda, _missing = load_module("grpo_fast._cuda")
 
@@ -36,10 +39,11 @@ def native() -> Any:
     return _cuda
 
 
-class CudaBackend(GpuBackend):
+class CudaBackend(TorchBackend):
     """See the module. What is not overridden is the torch backend's."""
 
     name = "cuda"
+    stages_dx = True
 
     def why_unavailable(self, device: torch.device) -> str | None:
         if device.type != "cuda":
@@ -48,50 +52,54 @@ class CudaBackend(GpuBackend):
             return not_built("grpo_fast._cuda", _missing, "NVIDIA's nvcc", "GRPO_FAST_CUDA")
         return old_gpu(device)
 
-    def fused_statistics(self, rows: RowChunk, out: RowStatistics) -> None:
+    def row_scratch_bytes(self, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+        return 4 * vocab  # a float32 bias
+
+    def row_pitch(self, vocab: int) -> int:
+        return padded(vocab)
+
+    def statistics(self, rows: RowChunk, out: RowStatistics) -> None:
         native_rows = NativeRows(_cuda, rows)
         _cuda.row_statistics(
             native_rows.native,
-            logprobs=out.logprobs.data_ptr(),
-            entropy=out.entropy.data_ptr(),
-            lse=out.lse.data_ptr(),
+            **addresses(**out._asdict()),
             **_queue(rows.logits),
         )
 
-    def fused_gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-        native_rows, kept = NativeRows(_cuda, rows), slope_tensors(slopes)
+    def gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        native_rows, kept = NativeRows(_cuda, rows), slopes.tensors()
         dx = _over(rows.logits, dtype) if out is None else out
         _cuda.row_gradient(
             native_rows.native,
-            **{name: address(t) for name, t in kept.items()},
+            **addresses(**kept),
             vocab_start=rows.vocab_start,
             **_dx(dx),
             **_queue(rows.logits),
         )
         return dx
 
-    def fused_objective(
+    def objective_rows(
         self,
         rows: RowChunk,
         objective: RowObjective,
         results: ObjectiveResults,
         *,
         dtype: torch.dtype,
-        out: Tensor | None,
+        out: Tensor | None = None,
     ) -> Tensor:
+        if (kernel := objective.kernel) is None:
+            return super().objective_rows(rows, objective, results, dtype=dtype, out=out)
         native_rows = NativeRows(_cuda, rows)
         dx = _over(rows.logits, dtype) if out is None else out
-        scale = objective.grad_scale.float().reshape(1) if isinstance(objective.grad_scale, Tensor) else None
-        kept = token_tensors(objective) | {"entropy_gradient": entropy_slope(objective), "grad_scale": scale}
+        kept = objective.tensors()
+        kept |= {"entropy_gradient": objective.entropy_slope(), "grad_scale": objective.scale_tensor()}
         _cuda.row_objective(
             native_rows.native,
-            objective_config(_cuda, objective.config, correction_of(objective)),
-            **{name: address(t) for name, t in kept.items()},
-            grad_scale_value=1.0 if scale is not None else float(objective.grad_scale),
+            native_objective(_cuda, kernel),
+            **addresses(**kept),
+            grad_scale_value=1.0,
             **_dx(dx),
-            logprobs=results.logprobs.data_ptr(),
-            entropy=results.entropy.data_ptr(),
-            live=results.live.data_ptr(),
+            **addresses(**results._asdict()),
             **_queue(rows.logits),
         )
         return dx

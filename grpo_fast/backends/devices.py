@@ -13,11 +13,7 @@ from typing import Any
 import torch
 
 
-def _unknown_memory(device: torch.device) -> int | None:
-    return None
-
-
-def _cuda_memory(device: torch.device) -> int | None:
+def _cuda_memory(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).total_memory)
 
 
@@ -35,7 +31,7 @@ class DeviceTraits:
         vector_products: products of fewer than four rows are vector products, which sum straight over the vocabulary.
         float32_switch: its `fp32_precision` says what the process allows in the place of float32 products: "tf32",
             "bf16", or something else for nothing.
-        total_memory: bytes of a device, or None where that is not a bound of its own.
+        total_memory: bytes of a device; None where that is not a bound of its own.
     """
 
     wide_products: bool
@@ -45,12 +41,18 @@ class DeviceTraits:
     row_block_elements: int
     vector_products: bool = False
     float32_switch: Any = None
-    total_memory: Callable[[torch.device], int | None] = _unknown_memory
+    total_memory: Callable[[torch.device], int] | None = None
 
 
-TRAITS: dict[str, DeviceTraits] = {
+class _Table(dict[str, DeviceTraits]):
+    def __missing__(self, kind: str) -> DeviceTraits:
+        return _OTHERS
+
+
+_OTHERS = DeviceTraits(wide_products=False, asynchronous=True, streams=None, tile_rows=128, row_block_elements=2**19)
+TRAITS = _Table(
     # Blocks near the caches. (2^19 float32 are 2 MiB.)
-    "cpu": DeviceTraits(
+    cpu=DeviceTraits(
         wide_products=False,
         asynchronous=False,
         streams=None,
@@ -60,7 +62,7 @@ TRAITS: dict[str, DeviceTraits] = {
         float32_switch=torch.backends.mkldnn.matmul,  # type: ignore[attr-defined]
     ),
     # Blocks that fill 132 multiprocessors: 2^23 float32 are 32 MiB.
-    "cuda": DeviceTraits(
+    cuda=DeviceTraits(
         wide_products=True,
         asynchronous=True,
         streams=torch.cuda,
@@ -69,15 +71,24 @@ TRAITS: dict[str, DeviceTraits] = {
         float32_switch=torch.backends.cuda.matmul,
         total_memory=_cuda_memory,
     ),
-}
-_OTHERS = DeviceTraits(wide_products=False, asynchronous=True, streams=None, tile_rows=128, row_block_elements=2**19)
+)
+"""By `device.type`."""
 
 
-def is_traced(tensor: torch.Tensor) -> bool:
-    """Whether there are no values to read or to hand to native code: a compiler or a fake mode is looking on."""
-    return torch.compiler.is_compiling() or torch._guards.detect_fake_mode(tensor) is not None
+PITCH = 64
+"""Elements that a row of logits or dx is padded to on a GPU: 128 bytes of bf16, and 16-byte accesses for every V."""
 
 
-def traits(device: torch.device) -> DeviceTraits:
-    """What devices of this kind can do."""
-    return TRAITS.get(device.type, _OTHERS)
+def padded(vocab: int) -> int:
+    """Elements from one row to the next on a GPU."""
+    return -(-vocab // PITCH) * PITCH
+
+
+def old_gpu(device: torch.device) -> str | None:
+    """Why kernels for sm_80 and up do not run on a CUDA device, or None."""
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device: it is built without CUDA, or there is no driver or GPU"
+    capability = torch.cuda.get_device_capability(device)
+    if capability >= (8, 0):
+        return None
+    return f"needs compute capability 8.0 or higher; this device has {capability[0]}.{capability[1]}"

@@ -20,14 +20,14 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from grpo_fast.backends.devices import traits
+from grpo_fast.backends.devices import TRAITS
 
 _BITS = {"tf32": 11, "bf16": 8}
 
 
 def operand_bits(device: torch.device) -> int:
     """Significant bits that the library may round float32 operands to; 24 where it may not."""
-    return _BITS.get(getattr(traits(device).float32_switch, "fp32_precision", "ieee"), 24)
+    return _BITS.get(getattr(TRAITS[device.type].float32_switch, "fp32_precision", "ieee"), 24)
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor, *, overwrite: bool = False) -> None:
@@ -53,7 +53,7 @@ def add_product(out: Tensor, left: Tensor, right: Tensor, *, overwrite: bool = F
 
 def block_elements(device: torch.device) -> int:
     """Elements of an operand that are split at a time."""
-    return traits(device).row_block_elements
+    return TRAITS[device.type].row_block_elements
 
 
 def scratch_bytes(device: torch.device) -> int:

@@ -1,7 +1,7 @@
-"""The `torch` backend: GEMMs by torch, row functions in torch ops. Runs on any device; the plain one to read.
+"""The `torch` backend: products by torch, row functions in torch ops. Runs on any device; the plain one to read.
 
 Row functions work through blocks of rows so that their temporaries stay small (four blocks at most) and, on a CPU, near
-the caches. bf16/fp16 products come back in float32: from the library GEMM itself (`out_dtype`) on devices that have
+the caches. bf16/fp16 products come back in float32: from the library product itself (`out_dtype`) on devices that have
 one, elsewhere by widening the operands a block of the vocabulary at a time. float32 products keep their 24 bits also
 where the process allows TF32 or bf16 in their place (`float32_products.py`).
 """
@@ -13,8 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from grpo_fast.backends.base import Backend, RowChunk, RowSlopes, RowStatistics, Transform, new_statistics
-from grpo_fast.backends.devices import traits
+from grpo_fast.backends.base import Backend, RowChunk, RowSlopes, RowStatistics, Transform
+from grpo_fast.backends.devices import TRAITS
 from grpo_fast.backends.float32_products import add_product, scratch_bytes
 
 MIN_ROW_BLOCK = 16
@@ -33,17 +33,16 @@ class TorchBackend(Backend):
     def why_unavailable(self, device: torch.device) -> str | None:
         return None
 
-    def scratch_bytes(self, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-        row_blocks = 4 * max(MIN_ROW_BLOCK * vocab, traits(device).row_block_elements) * max(4, dtype.itemsize)
-        return row_blocks + self.gemm_scratch_bytes(dtype, device)
+    def row_scratch_bytes(self, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+        # Four blocks of rows.
+        return 4 * max(MIN_ROW_BLOCK * vocab, TRAITS[device.type].row_block_elements) * max(4, dtype.itemsize)
 
-    def gemm_scratch_bytes(self, dtype: torch.dtype, device: torch.device) -> int:
-        """Temporary memory of the GEMMs alone."""
+    def product_scratch_bytes(self, dtype: torch.dtype, device: torch.device) -> int:
         upcast = _upcasts(dtype, device)
         split = scratch_bytes(device) if upcast or dtype == torch.float32 else 0
         return split + (2 * UPCAST_BYTES if upcast else 0)
 
-    # -- GEMMs -------------------------------------------------------------------------------------------------------
+    # -- products ----------------------------------------------------------------------------------------------------
 
     def logits(self, hidden: Tensor, weight: Tensor, out: Tensor, tile_rows: int) -> None:
         tiles = range(0, hidden.shape[0], tile_rows)
@@ -62,7 +61,7 @@ class TorchBackend(Backend):
 
     def grad_hidden(self, dx: Tensor, weight: Tensor, out: Tensor, *, accumulate: bool = False) -> None:
         missing = FEW_ROWS - dx.shape[0]
-        if missing > 0 and traits(dx.device).vector_products:
+        if missing > 0 and TRAITS[dx.device.type].vector_products:
             wide = out.new_empty(FEW_ROWS, out.shape[1])
             self.grad_hidden(torch.nn.functional.pad(dx, (0, 0, 0, missing)), weight, wide)
             (out.add_ if accumulate else out.copy_)(wide[: dx.shape[0]])
@@ -92,8 +91,7 @@ class TorchBackend(Backend):
 
     # -- row functions -----------------------------------------------------------------------------------------------
 
-    def statistics(self, rows: RowChunk, out: RowStatistics | None = None) -> RowStatistics:
-        out = new_statistics(rows) if out is None else out
+    def statistics(self, rows: RowChunk, out: RowStatistics) -> None:
         logits, transform = rows.logits, rows.transform
         columns, inside = _columns(rows)
         for block in _row_blocks(logits):
@@ -106,13 +104,12 @@ class TorchBackend(Backend):
             # A probability of zero has log -inf; its product must be zero, not NaN.
             finite_log_p = log_p.clamp_(min=torch.finfo(log_p.dtype).min)
             out.entropy[block] = -probabilities.mul_(finite_log_p).sum(-1)
-        return out
 
     def gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         logits, transform, g, e = rows.logits, rows.transform, slopes.g, slopes.e
         columns, inside = _columns(rows)
         one_hot = torch.where(inside, g, 0.0)[:, None]
-        narrow = dtype.itemsize < logits.dtype.itemsize and traits(logits.device).wide_products
+        narrow = dtype.itemsize < logits.dtype.itemsize and TRAITS[logits.device.type].wide_products
         # A row's narrow result lies over the first half of its own logits, which have been read by then.
         over = logits.view(dtype)[:, : logits.shape[1]] if narrow else logits
         dx = over if out is None else out
@@ -172,15 +169,15 @@ def _row_temperature(transform: Transform, rows: slice) -> float | Tensor | None
 
 def _row_blocks(logits: Tensor) -> Iterator[slice]:
     num_rows, num_columns = logits.shape
-    elements = traits(logits.device).row_block_elements
+    elements = TRAITS[logits.device.type].row_block_elements
     step = max(MIN_ROW_BLOCK, elements // num_columns // MIN_ROW_BLOCK * MIN_ROW_BLOCK)
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
 
 
 def _upcasts(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the device's GEMM cannot return float32 from this dtype, so that operands are upcast."""
-    return dtype in (torch.bfloat16, torch.float16) and not traits(device).wide_products
+    """Whether the device's product cannot return float32 from this dtype, so that operands are upcast."""
+    return dtype in (torch.bfloat16, torch.float16) and not TRAITS[device.type].wide_products
 
 
 def _multiply(left: Tensor, right: Tensor, out: Tensor, *, accumulate: bool = False) -> None:

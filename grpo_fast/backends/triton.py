@@ -1,12 +1,11 @@
-"""The `triton` backend: row functions as Triton kernels (kernels/), GEMMs by cuBLAS through torch.
+"""The `triton` backend: row functions as Triton kernels (kernels/), products by cuBLAS through torch.
 
     logits   float32 from bf16 operands (`out_dtype`), in tiles of `tile_rows` rows
     row_*    kernels/row_*.py; one launch a tile
     dx       bf16 or fp16 in memory of its own, many tiles of it, so that the weight's gradient is added up rarely
 
 Rows are padded to 64 elements, so that 16-byte accesses serve every vocabulary. Runs on NVIDIA sm_80 and up, and on the
-CPU under Triton's interpreter (TRITON_INTERPRET=1), where `auto` never takes it. float64, which only tests use, has
-torch's row functions.
+CPU under Triton's interpreter (TRITON_INTERPRET=1), where `auto` never takes it.
 """
 
 from __future__ import annotations
@@ -18,64 +17,91 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from grpo_fast.backends.base import ObjectiveResults, RowChunk, RowObjective, RowSlopes, RowStatistics, Transform
-from grpo_fast.backends.fused import (
-    GpuBackend,
-    ObjectiveNumbers,
-    correction_of,
-    entropy_slope,
-    objective_numbers,
-    old_gpu,
-    token_tensors,
+from grpo_fast.backends.base import (
+    GroupFunctions,
+    ObjectiveResults,
+    RowChunk,
+    RowObjective,
+    RowSlopes,
+    RowStatistics,
+    Transform,
 )
+from grpo_fast.backends.devices import old_gpu, padded
+from grpo_fast.backends.torch import TorchBackend
+from grpo_fast.objectives import KernelObjective
 
 
-class TritonBackend(GpuBackend):
+class TritonBackend(TorchBackend):
     """See the module. What is not overridden is the torch backend's."""
 
     name = "triton"
-    has_fused_forward = True
+    stages_dx = has_fused_forward = True
 
     def why_unavailable(self, device: torch.device) -> str | None:
         if find_spec("triton") is None:
             return "Triton is not installed; pip install triton"
-        if device.type == "cpu" and _interpreted():
+        if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
             return None
         if device.type != "cuda":
             return "its kernels run on NVIDIA GPUs (TRITON_INTERPRET=1 runs them on the CPU, slowly)"
         return old_gpu(device) or _why_not_running(device)
 
-    def row_scratch_bytes(self, vocab: int) -> int:
+    def row_scratch_bytes(self, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
         return 0
 
-    def fused_statistics(self, rows: RowChunk, out: RowStatistics) -> None:
+    def row_pitch(self, vocab: int) -> int:
+        return padded(vocab)
+
+    def statistics(self, rows: RowChunk, out: RowStatistics) -> None:
         from grpo_fast.kernels.row_statistics import row_statistics_of
 
         row_statistics_of(_rows(rows), out)
 
-    def fused_gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+    def gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         from grpo_fast.kernels.row_gradient import row_gradient_of
 
         chunk = _rows(rows)
         dx = chunk.dx(dtype) if out is None else out
-        row_gradient_of(chunk, slopes.lse, slopes.entropy, slopes.g, slopes.e, dx, vocab_start=rows.vocab_start)
+        row_gradient_of(chunk, **slopes.tensors(), dx=dx, vocab_start=rows.vocab_start)
+        return dx
+
+    def objective_rows(
+        self,
+        rows: RowChunk,
+        objective: RowObjective,
+        results: ObjectiveResults,
+        *,
+        dtype: torch.dtype,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        if (kernel := objective.kernel) is None:
+            return super().objective_rows(rows, objective, results, dtype=dtype, out=out)
+        from grpo_fast.kernels.row_objective import row_objective_of
+
+        chunk, device = _rows(rows), rows.logits.device
+        dx = chunk.dx(dtype) if out is None else out
+        row_objective_of(
+            chunk,
+            _objective(kernel, device),
+            objective.tensors(),
+            dx,
+            entropy_gradient=objective.entropy_slope(),
+            grad_scale=objective.scale_tensor(),
+            results=results,
+        )
         return dx
 
     def scale(self, gradient: Tensor, factor: Tensor) -> Tensor:
         """Without any traffic where the factor is 1, which the host does not know."""
-        if gradient.dtype == torch.float64:
-            return super().scale(gradient, factor)
         from grpo_fast.kernels.scale import scale_unless_one
 
         scale_unless_one(gradient, factor.float().reshape(1))
         return gradient
 
-    def fused_forward(
-        self, hidden: Tensor, weight: Tensor, targets: Tensor, transform: Transform
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def fused_forward(self, hidden: Tensor, weight: Tensor, targets: Tensor, transform: Transform) -> RowStatistics:
         from grpo_fast.kernels.forward_logprobs import forward_logprobs
 
-        return forward_logprobs(
+        found = forward_logprobs(
             hidden,
             weight,
             targets,
@@ -84,35 +110,13 @@ class TritonBackend(GpuBackend):
             softcap=transform.head.softcap,
             temperature=transform.temperature,
         )
+        return RowStatistics(*found)
 
-    def fused_objective(
-        self,
-        rows: RowChunk,
-        objective: RowObjective,
-        results: ObjectiveResults,
-        *,
-        dtype: torch.dtype,
-        out: Tensor | None,
-    ) -> Tensor:
-        from grpo_fast.kernels.row_objective import row_objective_of
+    def group_functions(self) -> GroupFunctions:
+        from grpo_fast.kernels.group_advantages import group_advantages
+        from grpo_fast.kernels.group_rows import token_rows
 
-        chunk, device = _rows(rows), rows.logits.device
-        dx = chunk.dx(dtype) if out is None else out
-        scale = None
-        if isinstance(objective.grad_scale, Tensor):
-            scale = objective.grad_scale.float().reshape(1)
-        elif objective.grad_scale != 1:
-            scale = torch.full((1,), objective.grad_scale, device=device)  # a fill: a copy would wait for the device
-        row_objective_of(
-            chunk,
-            _objective(objective_numbers(objective.config), correction_of(objective), device),
-            token_tensors(objective),
-            dx,
-            entropy_gradient=entropy_slope(objective),
-            grad_scale=scale,
-            results=results,
-        )
-        return dx
+        return GroupFunctions(group_advantages, token_rows)
 
 
 def _why_not_running(device: torch.device) -> str | None:
@@ -124,10 +128,6 @@ def _why_not_running(device: torch.device) -> str | None:
     return why_not_runnable(device)
 
 
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
-
-
 def _rows(rows: RowChunk):  # type: ignore[no-untyped-def]
     from grpo_fast.kernels.rows import Rows
 
@@ -136,16 +136,15 @@ def _rows(rows: RowChunk):  # type: ignore[no-untyped-def]
 
 
 @lru_cache(maxsize=64)
-def _objective(numbers: ObjectiveNumbers, correction: str, device: torch.device):  # type: ignore[no-untyped-def]
+def _objective(objective: KernelObjective, device: torch.device):  # type: ignore[no-untyped-def]
     """The objective in the kernel's terms; its numbers are copied to the device once."""
-    from grpo_fast.kernels.objective import PARAMETERS, objective_parameters
+    from grpo_fast.kernels.objective import objective_parameters
     from grpo_fast.kernels.row_objective import Objective
 
-    given = dict(numbers.parameters)
     return Objective(
-        policy=numbers.policy,
-        kl=numbers.kl,
-        kl_times_ratio=numbers.kl_times_ratio,
-        correction=correction,
-        parameters=objective_parameters({name: given[name] for name in PARAMETERS}, device),
+        policy=objective.policy,
+        kl=objective.kl,
+        kl_times_ratio=objective.kl_times_ratio,
+        correction=objective.correction,
+        parameters=objective_parameters(dict(objective.parameters), device),
     )

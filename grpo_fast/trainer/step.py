@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -50,6 +51,9 @@ class Updater:
         self.weights = MasterWeights(policy.model, enabled=config.model.master_weights)
         self.optimizer = Optimizer(self.weights, config)
         self._config = config
+        # Names of a recipe, which the loss checks.
+        self._scoring: dict[str, Any] = {"backend": config.backend, "workspace_bytes": config.workspace_bytes}
+        self._updating: dict[str, Any] = {**self._scoring, "plan": config.plan}
         self._try_loss()
 
     def prepare(self, experience: Experience, minibatches: Sequence[Sequence[int]]) -> None:
@@ -139,9 +143,7 @@ class Updater:
             entropy_normalizer=self._entropy_normalizer(packs),
             ignore_index=None,  # a pack's rows are completion tokens, all of them: nothing to wait for
             main_grad=self.weights.main_grad(head.weight),
-            backend=self._config.backend,
-            plan=self._config.plan,
-            workspace_bytes=self._config.workspace_bytes,
+            **self._updating,
         )
         output.loss.backward()
         return output.metrics
@@ -166,9 +168,7 @@ class Updater:
                 bias=None if head.bias is None else head.bias.detach()[:8],
                 head=head.config,
                 config=self._config.loss,
-                backend=self._config.backend,
-                plan=self._config.plan,
-                workspace_bytes=self._config.workspace_bytes,
+                **self._updating,
             )
         except ValueError as error:
             raise ConfigError(str(error)) from error
@@ -223,8 +223,7 @@ class Updater:
                         config=self._config.loss,
                         ignore_index=None,
                         entropy=False,
-                        backend=self._config.backend,
-                        workspace_bytes=self._config.workspace_bytes,
+                        **self._scoring,
                     )
                     index.append(pack.token_index)
                     found.append(result.logprobs)

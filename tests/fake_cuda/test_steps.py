@@ -25,7 +25,7 @@ from grpo_fast.backends import triton as triton_backend
 from grpo_fast.backends.base import get_backend
 from grpo_fast.config import LossConfig
 from grpo_fast.loss import grpo_loss, token_logprobs
-from grpo_fast.ops import launch
+from grpo_fast.ops import call as calls
 from tests.allocations import OPERATORS
 from tests.stand_in import Streams
 
@@ -69,10 +69,9 @@ class Extension(ModuleType):
     def __init__(self) -> None:
         super().__init__("_cuda")
         self.calls: list[tuple[str, dict[str, Any]]] = []
-        kinds = "PolicyTerm KlEstimator Correction DType"
-        for kind in kinds.split():
-            setattr(self, kind, type(kind, (), {"__getattr__": lambda self, name: name})())
-        self.ObjectiveConfig = SimpleNamespace
+        self.DType = type("DType", (), {"__getattr__": lambda self, name: name})()
+        self.PARAMETERS = objective.PARAMETERS
+        self.Objective = lambda **given: SimpleNamespace(**given)
         self.Rows = lambda **given: SimpleNamespace(**given)
         self.narrow_offset = lambda columns: 2 * (columns // 8 * 8)
         for name in ("row_statistics", "row_objective", "row_gradient"):
@@ -152,7 +151,7 @@ def test_a_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("GRPO_FAST_ROW_STREAM", row_stream)
-    monkeypatch.setattr(launch.HeadLaunch, "row_counts", lambda self, tokens: [(rows or T) // S] * S)
+    monkeypatch.setattr(calls.HeadCall, "rows_of_sequences", lambda self, segments, mask: [(rows or T) // S] * S)
     config = GSPO if plan == "resident" else LossConfig(beta=0.1) if plan == "frozen_head" else EVERY_ROW
     with fake() as watch:
         given = inputs(dtype, head=plan != "frozen_head")
@@ -160,9 +159,7 @@ def test_a_step(
         if rows is not None:
             mask = torch.empty(T, dtype=torch.bool, device=CARD)
             index = torch.empty(rows, dtype=torch.int64, device=CARD)
-            monkeypatch.setattr(launch.HeadLaunch, "_listed", staticmethod(lambda active, num_rows=-1: index))
-            if plan == "resident":
-                monkeypatch.setattr(launch.HeadLaunch, "row_counts", counting(rows, index))
+            monkeypatch.setattr(calls, "listed_rows", lambda active, num_rows=-1: index)
         watch.copies.clear()
         # frozen_head's workspace holds one tile, the others' several chunks of two
         out = grpo_loss(
@@ -189,14 +186,6 @@ def test_a_step(
         assert all(call["device"] == 0 and call["stream"] == 7 for _, call in card.extension.calls)
     if row_stream == "1" and backend != "torch" and plan in ("single_pass", "recompute", "frozen_head"):
         assert len(card.streams.made) == 1
-
-
-def counting(rows: int, index: Tensor) -> Any:
-    def row_counts(self: launch.HeadLaunch, tokens: Any) -> list[int]:
-        self.args = self.args._replace(rows=index)
-        return [rows // S] * S
-
-    return row_counts
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda", "torch"])

@@ -16,7 +16,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="kernels are interpreted by triton")
 
-from grpo_fast import rows as tokens_file
+from grpo_fast import inputs as tokens_file
+from grpo_fast.backends.base import get_backend
 from grpo_fast.kernels import group_advantages as advantages_file
 from grpo_fast.kernels import group_rows as rows_file
 from grpo_fast.loss import LossConfig, grpo_loss, policy_loss
@@ -240,10 +241,8 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     token_rows = rows_file.token_rows
     monkeypatch.setattr(rows_file, "token_rows", counted)
-    native = tokens_file.native_token_rows
-    monkeypatch.setattr(
-        tokens_file, "native_token_rows", lambda *args, **given: native(*args, **given | {"backend": "triton"})
-    )
+    functions = get_backend("triton").group_functions
+    monkeypatch.setattr(tokens_file, "group_functions", lambda values, backend: functions())
     return calls
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from grpo_fast.kernels import row_gradient, row_objective, row_statistics
-from grpo_fast.kernels.objective import CORRECTIONS, KL_ESTIMATORS, POLICIES
+from grpo_fast.kernels.objective import CORRECTIONS, KL_ESTIMATORS
 from grpo_fast.kernels.rows import Rows
 from tests.traffic import ELSEWHERE, Traffic, count_traffic
 
@@ -59,7 +59,7 @@ def test_rows_without_gradient_are_only_written() -> None:
 @pytest.mark.parametrize("V", [1000, 8192])
 def test_objective(V: int) -> None:
     rows, dx = make_rows(V)
-    objective = row_objective.Objective(POLICIES[0], KL_ESTIMATORS[0], False, CORRECTIONS[0], torch.ones(12))
+    objective = row_objective.Objective("clipped", KL_ESTIMATORS[0], False, CORRECTIONS[0], torch.ones(12))
     tokens = {"weights": torch.ones(R), "advantages": torch.ones(R)}
     tokens |= dict.fromkeys(["old_logprobs", "ref_logprobs", "sampling_logprobs", "importance"])
     with count_traffic({"logits": rows.logits, "dx": dx}) as traffic:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from grpo_fast.kernels.objective import PARAMETERS, objective_parameters
 from grpo_fast.kernels.rows import Rows
 from tests.cases import rel_rms
 
-PLAIN = dict.fromkeys(PARAMETERS, 0.2) | {"clip_low": 0.8, "clip_high": 1.2, "delta": None}
+PLAIN = dict.fromkeys(PARAMETERS, 0.2) | {"clip_low": 0.8, "clip_high": 1.2, "delta": math.inf}
 VOCABS = [1, 7, 97, 512, 1000, 4099]
 
 
@@ -176,11 +177,11 @@ def test_a_target_of_another_block(softcap: float | None) -> None:
 
 # policy, epsilon, delta, dual clip, advantage, d term / d logprob at ratio 1: csrc/tests/test_objective.cpp's corners.
 BOUNDS = {
-    "on both clip bounds": ("clipped", 0.0, None, 3.0, 2.0, -2.0),
+    "on both clip bounds": ("clipped", 0.0, math.inf, 3.0, 2.0, -2.0),
     "on delta": ("clipped", 0.2, 1.0, 3.0, 2.0, -2.0),
     "delta below the ratio": ("clipped", 0.2, 0.5, 3.0, 2.0, 0.0),
     "delta below the ratio, A < 0": ("clipped", 0.2, 0.5, 3.0, -2.0, 2.0),
-    "on the dual bound": ("ppo_dual", 0.2, None, 1.0, -2.0, 1.0),
+    "on the dual bound": ("ppo_dual", 0.2, math.inf, 1.0, -2.0, 1.0),
 }
 
 

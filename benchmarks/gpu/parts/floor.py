@@ -21,9 +21,9 @@ from benchmarks.gpu.exact import Exact
 from benchmarks.gpu.parts import Context, Task
 from benchmarks.gpu.parts.rows import objective_of
 from benchmarks.gpu.step import Step, batch_of, failures, gemm_entries, results, variant
-from grpo_fast.backends.base import RowChunk, Transform, get_backend
+from grpo_fast.backends.base import RowChunk, Transform, get_backend, objective_rows_of, statistics_of
 from grpo_fast.config import HeadConfig
-from grpo_fast.ops.planner import row_budget
+from grpo_fast.ops.call import row_budget
 
 MEASURED = ("full", "frozen_head", "no_grad", "half")
 
@@ -119,7 +119,7 @@ def _pieces(context: Context, batch: Batch, engine: Any, budget: Any) -> dict[st
     transform = Transform(HeadConfig(softcap=model.softcap), None, 1.0)
     full_tiles, rows = range(0, tokens - tokens % tile, tile), RowChunk(logits, batch.targets[:tile], transform)
     engine.logits(hidden[:tile], weight, logits, tile)
-    objective = objective_of(engine.statistics(rows)[0], SCENARIOS["full"].config)
+    objective = objective_of(statistics_of(engine, rows)[0], SCENARIOS["full"].config)
 
     def products() -> None:
         for start in full_tiles:
@@ -127,7 +127,7 @@ def _pieces(context: Context, batch: Batch, engine: Any, budget: Any) -> dict[st
 
     def rows_only() -> None:
         for _ in full_tiles:
-            engine.objective_rows(rows, objective, dtype=torch.bfloat16, out=dx[:tile])
+            objective_rows_of(engine, rows, objective, dtype=torch.bfloat16, out=dx[:tile])
 
     def hidden_gradient() -> None:
         for start in range(0, tokens, chunk):

@@ -23,10 +23,17 @@ from torch import Tensor
 from benchmarks.cases import OLD_DRIFT
 from benchmarks.gpu.contest import Entry
 from benchmarks.gpu.parts import Context, Task
-from grpo_fast.backends.base import RowChunk, RowObjective, RowSlopes, Transform, get_backend
+from grpo_fast.backends.base import (
+    RowChunk,
+    RowObjective,
+    RowSlopes,
+    Transform,
+    get_backend,
+    objective_rows_of,
+    statistics_of,
+)
 from grpo_fast.config import HeadConfig, LossConfig
-from grpo_fast.objectives import Tokens
-from grpo_fast.packing import Segments
+from grpo_fast.objectives import Segments, Tokens
 
 BYTES = {"statistics": (4, 0), "gradient": (4, 2), "objective": (4, 2)}
 BOUNDS = {"logprobs": 1e-4, "entropy": 1e-4, "gradient": 4e-3, "objective": 4e-3}
@@ -71,15 +78,15 @@ def kernels(context: Context, backend: str, vocab: int, rows: int) -> dict[str, 
     chunks = [RowChunk(tile, targets, PLAIN) for tile in tiles]
     outs = [torch.empty(rows, pitch, dtype=torch.bfloat16, device=device)[:, :vocab] for _ in range(num_tiles)]
     config = LossConfig(entropy_coef=0.01)
-    objectives = [objective_of(engine.statistics(chunk)[0], config) for chunk in chunks]
+    objectives = [objective_of(statistics_of(engine, chunk)[0], config) for chunk in chunks]
     g, e = torch.linspace(-1, 1, rows, device=device), torch.linspace(0.3, -0.1, rows, device=device)
-    logprobs, entropy, lse = engine.statistics(chunks[0])
+    logprobs, entropy, lse = statistics_of(engine, chunks[0])
     slopes = RowSlopes(lse, entropy, g, e)
     errors = _errors(engine, chunks[0], (logprobs, entropy), slopes, objectives[0], outs[0])
     calls: dict[str, Callable[[RowChunk, Tensor, RowObjective], Any]] = {
-        "statistics": lambda chunk, out, _: engine.statistics(chunk),
+        "statistics": lambda chunk, out, _: statistics_of(engine, chunk),
         "gradient": lambda chunk, out, _: engine.gradient(chunk, slopes, dtype=torch.bfloat16, out=out),
-        "objective": lambda chunk, out, own: engine.objective_rows(chunk, own, dtype=torch.bfloat16, out=out),
+        "objective": lambda chunk, out, own: objective_rows_of(engine, chunk, own, dtype=torch.bfloat16, out=out),
     }
 
     def sweep(call: Callable[[RowChunk, Tensor, RowObjective], Any]) -> Callable[[], None]:
@@ -151,7 +158,7 @@ def _errors(
     loss = loss - config.entropy_coef * entropy.sum() / chunk.logits.shape[0]
     (expected,) = torch.autograd.grad(loss, z)
     out.fill_(float("nan"))
-    engine.objective_rows(chunk, objective, dtype=torch.bfloat16, out=out)
+    objective_rows_of(engine, chunk, objective, dtype=torch.bfloat16, out=out)
     found["objective"] = _relative(out[:n], expected)
     wrong = {name: error for name, error in found.items() if not error <= BOUNDS[name]}
     if wrong or not bool(out.isfinite().all()):

@@ -14,7 +14,7 @@ from benchmarks.cases import Model
 from benchmarks.gpu.exact import Exact
 from benchmarks.gpu.parts import Context, Task
 from benchmarks.gpu.step import Step, batch_of, failures, gemm_entries, results, variant
-from grpo_fast.ops import planner
+from grpo_fast.ops import call as planner
 
 STREAMS = {"one stream": False, "two streams": True}
 
