@@ -18,11 +18,12 @@ from torch import Tensor
 import grpo_fast
 from grpo_fast import Loss, LossConfig, Parameter, TermInputs, grpo_loss, policy_loss, register_loss
 from grpo_fast.loss_page import documentation
-from grpo_fast.losses import CLIP_METRICS, IMPORTANCE_SAMPLING_MODES, LOSS_TYPES, LOSSES, Kernel, _check
+from grpo_fast.losses import CLIP_METRICS, IMPORTANCE_SAMPLING_MODES, LOSS_TYPES, LOSSES, Coupling, Kernel, _check
 from grpo_fast.metrics import Metrics
-from grpo_fast.objectives import Segments, Tokens, objective
-from grpo_fast.ops.planner import least_workspace_bytes
+from grpo_fast.objectives import Segments, Tokens, objective, slope_beside_advantage
+from grpo_fast.ops.call import workspace_for
 from tests.cases import BACKENDS, Case, assert_close, make_case, objective_kwargs
+from tests.test_loss import oracle, run
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 BOUNDS = (0, 4, 9)
@@ -36,6 +37,7 @@ def _table() -> Iterator[None]:
     yield
     LOSSES.clear()
     LOSSES.update(before)
+    LossConfig.from_key.cache_clear()
 
 
 def config_of(name: str, **options: Any) -> LossConfig:
@@ -125,6 +127,39 @@ def test_metrics_are_those_of_the_record(name: str) -> None:
     assert reported(name) - reported("reinforce") == own
     section = documentation().partition(f"## {name}\n")[2].partition("\n## ")[0]
     assert all(metric in section for metric in own)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", [name for name in LOSS_TYPES if LOSSES[name].kernel is not None])
+def test_the_device_term_is_the_records(name: str, backend: str) -> None:
+    """A record that names another's kernel: rows of every branch in one pass against the oracle."""
+    case, config = make_case(4), config_of(name, delta=1.3, dual_clip=1.2, dppo_log_ratio_coef=0.1)
+    expected, gradients = oracle(case, config)
+    out, actual = run(case, config, plan="single_pass", backend=backend)
+    assert_close("loss", out.loss, expected.loss)
+    for leaf, gradient in gradients.items():
+        assert_close(f"grad {leaf}", actual[leaf], gradient)
+
+
+@pytest.mark.parametrize(("couples", "spoilt"), [("nothing", 1), ("sequence", 5), ("clamped_sequence", 1)])
+def test_what_a_bad_token_spoils(couples: Coupling, spoilt: int) -> None:
+    """An infinite ratio, then one that is no number, in a sequence of five."""
+    record = replace(LOSSES["reinforce"], name="rows", couples=couples, kernel=None)
+    config = LossConfig(loss_type=register_loss(record))
+    for value, expected in ((-torch.inf, spoilt), (torch.nan, max(spoilt, 1 if couples == "nothing" else 5))):
+        old = OLD.clone()
+        old[6] = value
+        out = policy_loss(
+            NEAR, torch.ones(2), old_logprobs=old, cu_seqlens=torch.tensor(BOUNDS), config=config
+        )  # fmt: skip
+        assert out.metrics.as_dict()["bad_rows"] == expected
+
+
+def test_slopes_beside_the_advantage() -> None:
+    """What scales float16's gradients where advantages are small."""
+    assert slope_beside_advantage(config_of("dapo", beta=0.5)) == 0.5
+    assert slope_beside_advantage(config_of("dppo", beta=0.5, dppo_log_ratio_coef=0.25)) == 0.75
+    assert slope_beside_advantage(LossConfig(loss_type=register_loss(hinge()), parameters={"pull": 0.5})) == 0.5
 
 
 # -- what derives from them -------------------------------------------------------------------------------------------
@@ -253,7 +288,8 @@ def plain_loss(case: Case, name: str) -> tuple[Tensor, dict[str, Tensor]]:
 
 def check_registered(backend: str, case: Case, plans: tuple[str, ...]) -> None:
     """Both losses, in plans that serve them, against the same through full logits."""
-    workspace = least_workspace_bytes(backend, case.weight.shape[0], case.weight.dtype, case.weight.device)  # 16 rows
+    server = "torch" if case.weight.dtype == torch.float64 else backend
+    workspace = workspace_for(server, case.weight.shape[0], case.weight.dtype, case.weight.device)  # 16 rows
     own = {"hinge": {"most": 1.3, "pull": 0.05}, "geometric": {}}
     for record in (hinge(), geometric()):
         config = LossConfig(loss_type=register_loss(record), parameters=own[record.name])

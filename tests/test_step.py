@@ -186,6 +186,20 @@ def test_every_pack_has_the_runs_loss_config(updaters, monkeypatch):
     assert all(config is updater._config.loss for config in seen)
 
 
+@pytest.mark.parametrize("level", ["token", "sequence"])
+@pytest.mark.parametrize("loss", [{"loss_type": "dapo"}, {"loss_type": "cispo", "epsilon_high": 0.9}])
+def test_shares_are_of_the_whole_step(updaters, loss, level):
+    """Of clipped tokens or sequences: those left out for their zero advantage count as not clipped."""
+    loss = loss | {"importance_sampling_level": level}
+    data = experience()
+    data.ref_logprobs = None
+    found = updaters(loss=loss).gradients(data, range(8))
+    everything = updaters(loss=loss | {"all_token_metrics": True}).gradients(data, range(8))
+    shares = [name for name in everything if "clip_ratio" in name and not name.endswith("_min")]
+    assert any(everything[name] for name in shares)
+    assert [found[name] for name in shares] == pytest.approx([everything[name] for name in shares])
+
+
 @pytest.mark.parametrize("beta", [0.0, 0.3])
 def test_the_metrics_do_not_depend_on_the_packs(updaters, beta):
     loss = {"loss_type": "dapo", "entropy_coef": 0.2, "beta": beta}

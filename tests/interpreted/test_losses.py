@@ -34,7 +34,7 @@ from tests.test_loss import (  # noqa: F401
     test_main_grad_takes_the_weight_gradient,
     test_wrong_results_would_fail,
 )
-from tests.test_losses import _table, check_registered  # noqa: F401
+from tests.test_losses import _table, check_registered, test_the_device_term_is_the_records  # noqa: F401
 from tests.test_memory import run as run_and_spy
 from tests.test_memory import workspace_for
 
