@@ -7,7 +7,7 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, get_args
 
 from grpo_fast.losses import (
@@ -169,20 +169,17 @@ class LossConfig:
             check_parameter(parameter, getattr(self, parameter.name))
         object.__setattr__(self, "parameters", self._own_parameters())
         self._check_combinations()
-        # One string names the whole config: custom ops take strings, not dataclasses.
-        object.__setattr__(self, "_key", json.dumps(dataclasses.asdict(self), sort_keys=True))
+        _ = self.record, self.upper_epsilon, self.key  # found once
 
     def _own_parameters(self) -> FrozenParameters:
         """All of a registered loss's parameters, in its record's order."""
-        known = [p for p in self.record.parameters if p not in BUILT_IN]
-        for name in self.parameters:
-            if name not in [p.name for p in known]:
-                names = ", ".join(p.name for p in known) or "none"
-                raise ValueError(f"parameters: expected those of {self.loss_type} ({names}); got {name!r}")
-        values = {p.name: self.parameters.get(p.name, p.default) for p in known}
-        for p in known:
-            check_parameter(p, values[p.name])
-        return FrozenParameters(values)
+        known = {p.name: p for p in self.record.parameters if p not in BUILT_IN}
+        if not isinstance(self.parameters, Mapping) or not self.parameters.keys() <= known.keys():
+            names = ", ".join(known) or "none"
+            raise ValueError(f"parameters: expected those of {self.loss_type} ({names}); got {self.parameters!r}")
+        for name, value in self.parameters.items():
+            check_parameter(known[name], value)
+        return FrozenParameters({name: self.parameters.get(name, p.default) for name, p in known.items()})
 
     def _check_combinations(self) -> None:
         for name, reason in self.record.requires.items():
@@ -198,7 +195,7 @@ class LossConfig:
                 f"importance_sampling_clip_min: expected at most importance_sampling_clip_max ({high}); got {low}"
             )
 
-    @property
+    @cached_property
     def record(self) -> Loss:
         """What is known of the loss type."""
         return LOSSES[self.loss_type]
@@ -208,15 +205,18 @@ class LossConfig:
         value: float = self.parameters[name] if name in self.parameters else getattr(self, name)
         return value
 
-    @property
+    @cached_property
     def upper_epsilon(self) -> float:
         """`epsilon_high`, or `epsilon` where that is None."""
         return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """The config as a JSON string; `LossConfig.from_key` reads it back."""
-        return self._key  # type: ignore[attr-defined,no-any-return]
+        """The config as a JSON string, which operators take; `LossConfig.from_key` reads it back."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LossConfig.from_key, (self.key,)
 
     @staticmethod
     @lru_cache(maxsize=64)

@@ -22,17 +22,18 @@ from grpo_fast.backends.base import group_functions, is_traced, resolve_backend
 from grpo_fast.backends.devices import TRAITS
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.objectives import (
+    Segments,
     Tokens,
     aggregation_name,
-    couples_tokens,
     default_normalizer,
     importance_weight,
     needs_every_row,
+    slope_scope,
     token_weights,
 )
 from grpo_fast.ops.call import ActiveRows
-from grpo_fast.packing import Segments
 
+PLAIN_HEAD = HeadConfig()
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -107,7 +108,7 @@ def split_head(
     if whole is None:
         if weight is None:
             raise ValueError("weight: expected a tensor [V, H], or a Head in its place or as head=; got None")
-        return cast(Tensor, weight), bias, HeadConfig() if head is None else cast(HeadConfig, head)
+        return cast(Tensor, weight), bias, PLAIN_HEAD if head is None else cast(HeadConfig, head)
     if whole is weight and head is not None and head is not whole:
         raise ValueError("head: expected none besides the Head that stands for weight, bias and config; got one")
     if whole is not weight and weight is not None and weight is not whole.weight:
@@ -452,7 +453,7 @@ def looks_at_sequences(config: LossConfig) -> bool:
     """Whether the loss depends on where sequences end."""
     return (
         aggregation_name(config) != "token_mean"
-        or couples_tokens(replace(config, top_entropy_quantile=1.0), has_old=True)
+        or slope_scope(replace(config, top_entropy_quantile=1.0), has_old=True) != "row"
         or (config.importance_sampling_mode or "").startswith("sequence")
     )
 
@@ -480,7 +481,7 @@ def token_rows(
     """
     advantages, mask, segments = tokens.advantages, tokens.mask, tokens.segments
     every_row = needs_every_row(config)
-    coupled = couples_tokens(config, has_old=tokens.old_logprobs is not None)
+    coupled = slope_scope(config, has_old=tokens.old_logprobs is not None) != "row"
     ambiguous = per_token and segments.num_sequences == segments.num_tokens  # native code goes by sizes
     native = None if coupled or ambiguous or not segments.num_tokens else group_functions(advantages, backend)
     if native is not None:

@@ -36,8 +36,8 @@ from grpo_fast.inputs import (
     token_mask,
 )
 from grpo_fast.metrics import Metrics, collect_metrics
-from grpo_fast.objectives import Terms, couples_sequences, couples_tokens, objective, total_loss
-from grpo_fast.ops.call import ActiveRows, Coupling, HeadCall, PlanName
+from grpo_fast.objectives import Terms, objective, slope_scope, total_loss
+from grpo_fast.ops.call import ActiveRows, HeadCall, PlanName
 from grpo_fast.ops.operators import head_logprobs, head_objective, with_gradients
 
 __all__ = [
@@ -141,7 +141,7 @@ def token_logprobs(
     check_target_range(targets.reshape(-1), mask if masked else None, weight.shape[0])
     active = ActiveRows(mask) if masked else None
     call = HeadCall.of(hidden, weight, bias, targets, temperature, head, active, engine, workspace_bytes)
-    logprobs, entropies = head_logprobs(call.planned(plan, couples="batch"), main_grad)
+    logprobs, entropies = head_logprobs(call.planned(plan, scope="batch"), main_grad)
     return TokenLogprobs(logprobs.reshape(shape), entropies.reshape(shape) if entropy else None)
 
 
@@ -251,13 +251,11 @@ def grpo_loss(
     tokens, weights = inputs.tokens, inputs.weights
     check_target_range(targets.reshape(-1), tokens.mask, weight.shape[0])
     call = HeadCall.of(hidden, weight, bias, targets, scale, head, inputs.active, engine, workspace_bytes)
-    couples: Coupling = "nothing"
-    if couples_tokens(config, has_old=old_logprobs is not None):
-        couples = "batch" if couples_sequences(config) else "sequences"
+    scope = slope_scope(config, has_old=old_logprobs is not None)
     row_counts = None
-    if couples == "sequences" and plan in ("auto", "resident"):
+    if scope == "sequence" and plan in ("auto", "resident"):
         row_counts = call.rows_of_sequences(tokens.segments, tokens.mask)
-    call = call.planned(plan, couples=couples, entropy_grad=config.entropy_coef != 0, row_counts=row_counts)
+    call = call.planned(plan, scope=scope, entropy_grad=config.entropy_coef != 0, row_counts=row_counts)
     computed = tokens if inputs.active is None else tokens.masked(inputs.active.mask)
     gradients = None
     if call.plan in ("single_pass", "resident"):

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Literal, NewType, TypeAlias, get_args
 
 import torch
 from torch import Tensor
 
-from grpo_fast.packing import Segments
-
 if TYPE_CHECKING:
     from grpo_fast.config import LossConfig
+    from grpo_fast.objectives import Tokens
 
 LossName: TypeAlias = Literal[
     "grpo",
@@ -113,9 +113,9 @@ class TermInputs:
     """What a term may read, `[T]` each; only what comes from `logprobs` has a gradient. Finite where masked.
 
     Attributes:
-        logprobs: p. log_ratio: r. log_w: log w, at the configured level. ratio: w. advantages: A.
-        mask: bool. segments: the tokens' sequences. importance: weights of the train/inference correction, or None.
-        old_logprobs, sampling_logprobs: as given; NaN in the latter means not known.
+        logprobs: p. log_ratio: r. log_w: log w, at the configured level. ratio: w.
+        importance: weights of the train/inference correction, or None.
+        tokens: what is known beside the policy: advantages, mask, segments, old and sampling log-probabilities.
         noted: what the term noted.
     """
 
@@ -123,14 +123,15 @@ class TermInputs:
     log_ratio: Tensor
     log_w: Tensor
     ratio: Tensor
-    advantages: Tensor
-    mask: Tensor
-    segments: Segments
     importance: Tensor | None
-    old_logprobs: Tensor | None
-    sampling_logprobs: Tensor | None
+    tokens: Tokens
     config: LossConfig
     noted: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def advantages(self) -> Tensor:
+        """A."""
+        return self.tokens.advantages
 
     @property
     def capped_ratio(self) -> Tensor:
@@ -144,7 +145,8 @@ class TermInputs:
         Where the engine does not know (NaN), the current policy's: no evidence of a difference.
         """
         current = self.logprobs.detach()
-        behaviour = self.old_logprobs if self.sampling_logprobs is None else self.sampling_logprobs
+        old, sampling = self.tokens.old_logprobs, self.tokens.sampling_logprobs
+        behaviour = old if sampling is None else sampling
         return current if behaviour is None else torch.where(behaviour.isnan(), current, behaviour)
 
     def note(self, name: str, values: Tensor) -> None:
@@ -192,8 +194,8 @@ def vespo_term(c: TermInputs) -> Tensor:
         terms = clamp(c.log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         if c.importance is not None:
             terms = terms + clamp(c.importance.log(), LOG_RATIO_FLOOR, LOG_RATIO_LIMIT)
-        total = c.segments.sum(torch.where(c.mask, terms, 0.0))
-        log_w = clamp(c.segments.spread(total), LOG_RATIO_FLOOR, LOG_RATIO_LIMIT)
+        total = c.tokens.segments.sum(torch.where(c.tokens.mask, terms, 0.0))
+        log_w = clamp(c.tokens.segments.spread(total), LOG_RATIO_FLOOR, LOG_RATIO_LIMIT)
         positive = c.advantages >= 0
         k = _choose(positive, c.config.vespo_k_pos, c.config.vespo_k_neg, log_w)
         rate = clamp(_choose(positive, c.config.vespo_lambda_pos, c.config.vespo_lambda_neg, log_w), low=1e-4)
@@ -207,7 +209,7 @@ def gmpo_term(c: TermInputs) -> Tensor:
     # The geometric mean of the ratios belongs to the sequence; each token carries it with weight 1 / L_s.
     upper = clamp(c.log_ratio, high=math.log1p(c.config.upper_epsilon))
     lower = clamp(c.log_ratio, low=math.log1p(-c.config.epsilon) if c.config.epsilon < 1 else None)
-    segments, mask = c.segments, c.mask
+    segments, mask = c.tokens.segments, c.tokens.mask
     sequence_advantage = segments.spread(segments.mean(c.advantages, mask))
     clipped = torch.where(sequence_advantage > 0, upper, torch.where(sequence_advantage < 0, lower, c.log_ratio))
     return -sequence_advantage * segments.spread(segments.mean(clipped, mask)).exp()
@@ -236,195 +238,164 @@ def _choose(condition: Tensor, yes: float, no: float, like: Tensor) -> Tensor:
 
 # -- the table --------------------------------------------------------------------------------------------------------
 
-GRPO = Loss(
-    name="grpo",
+# Shared by many; what a partial does not hold, a record has to.
+_loss = partial(
+    Loss,
+    reads=(),
+    couples="nothing",
+    beside_advantage=None,
+    requires={},
+    importance_sampling_modes=IMPORTANCE_SAMPLING_MODES,
+    metrics={},
+    parameters=(),
+)
+_clipped = partial(
+    _loss,
     term=clipped_term,
     formula="-min(min(w, delta) A, clip(w, 1 - epsilon, 1 + epsilon_high) A)",
-    when="the original, every completion weighing the same whatever its length; with sequence ratios it is GSPO",
-    paper="Shao et al., DeepSeekMath, 2024, arXiv:2402.03300; the clip: Schulman et al., PPO, 2017, arXiv:1707.06347",
-    aggregation="sequence_mean",
-    reads=(),
-    couples="nothing",
-    beside_advantage=None,
-    requires={},
-    importance_sampling_modes=IMPORTANCE_SAMPLING_MODES,
     clip="two_sided",
-    metrics={},
-    parameters=(),
     kernel="clipped",
 )
-CISPO = Loss(
-    name="cispo",
-    term=cispo_term,
-    formula="-sg(min(w, epsilon_high)) A p",
-    when="clipped tokens should still learn: the weight is bounded, the gradient never cut",
-    paper="MiniMax-M1, 2025, arXiv:2506.13585",
-    aggregation="token_mean",
-    reads=(),
-    couples="nothing",
-    beside_advantage=None,
-    requires={
-        "epsilon_high": "expected a number, as cispo bounds the ratio by it, not by 1 + it (MiniMax-M1: 5); "
-        "got None (TRL then takes epsilon, {epsilon})"
-    },
-    importance_sampling_modes=IMPORTANCE_SAMPLING_MODES,
-    clip="upper",
-    metrics={},
-    parameters=(),
-    kernel="cispo",
-)
-SAPO = Loss(
-    name="sapo",
-    term=sapo_term,
-    formula="-A sigmoid(tau (w - 1)) 4 / tau,  tau = sapo_temperature_pos where A > 0, else sapo_temperature_neg",
-    when="a soft gate in place of the clip: off-policy tokens fade instead of dropping out",
-    paper="Gao et al., Soft Adaptive Policy Optimization, 2025, arXiv:2511.20347",
-    aggregation="sequence_mean",
-    reads=(),
-    couples="nothing",
-    beside_advantage=None,
-    requires={},
-    importance_sampling_modes=IMPORTANCE_SAMPLING_MODES,
-    clip="none",
-    metrics={},
-    parameters=(
-        Parameter(name="sapo_temperature_pos", default=1.0, above=0, doc="tau where A > 0"),
-        Parameter(name="sapo_temperature_neg", default=1.05, above=0, doc="tau where A <= 0"),
-    ),
-    kernel="sapo",
-)
-VESPO = Loss(
-    name="vespo",
-    term=vespo_term,
-    formula="-phi A p,  phi = sg exp(lambda + k log W - lambda W),  W = product of the sequence's w and of its "
-    "correction's weights, clamped; k and lambda by A >= 0",
-    when="stale or asynchronous rollouts: the whole sequence's ratio counts, damped on both sides",
-    paper="VESPO, 2026, arXiv:2602.10693",
-    aggregation="token_mean",
-    reads=("importance",),
-    couples="clamped_sequence",
-    beside_advantage=None,
-    requires={},
-    importance_sampling_modes=("token_truncate", "token_mask"),
-    clip="none",
-    metrics={"vespo/phi_seq_mean": "sequences"},
-    parameters=(
-        Parameter(name="vespo_k_pos", default=2.0, at_least=0, doc="k where A >= 0: damps small W"),
-        Parameter(name="vespo_lambda_pos", default=3.0, at_least=0, doc="lambda where A >= 0: damps large W"),
-        Parameter(name="vespo_k_neg", default=3.0, at_least=0, doc="k where A < 0"),
-        Parameter(name="vespo_lambda_neg", default=2.0, at_least=0, doc="lambda where A < 0"),
-    ),
-    kernel=None,
-)
-GMPO = Loss(
-    name="gmpo",
-    term=gmpo_term,
-    formula="-A_s exp(mean over the sequence of r, clipped on the side that A_s overshoots),  A_s = mean of A over it",
-    when="a few outlying ratios should not decide a sequence's gradient: their geometric mean does",
-    paper="Zhao et al., Geometric-Mean Policy Optimization, 2025, arXiv:2507.20673",
-    aggregation="sequence_mean",
-    reads=(),
-    couples="sequence",
-    beside_advantage=None,
-    requires={},
-    importance_sampling_modes=IMPORTANCE_SAMPLING_MODES,
-    clip="two_sided",
-    metrics={},
-    parameters=(),
-    kernel=None,
-)
-DPPO = Loss(
-    name="dppo",
-    term=dppo_term,
-    formula="-A w, 0 where e^p - e^mu has left [-dppo_threshold, dppo_threshold] on A's side;  "
-    "+ dppo_log_ratio_coef (log w)^2",
-    when="large vocabularies: the trust region is one of probabilities, in which rare tokens may move further",
-    paper="Qi et al., Rethinking the Trust Region in LLM Reinforcement Learning, 2026, arXiv:2602.04879",
-    aggregation="token_mean",
-    reads=("sampling_logprobs",),
-    couples="nothing",
-    beside_advantage="dppo_log_ratio_coef",
-    requires={},
-    importance_sampling_modes=IMPORTANCE_SAMPLING_MODES,
-    clip="none",
-    metrics={},
-    parameters=(
-        Parameter(name="dppo_threshold", default=0.2, above=0, doc="probability difference beyond which tokens drop"),
-        Parameter(name="dppo_log_ratio_coef", default=1e-3, at_least=0, doc="weight of the (log w)^2 term"),
-    ),
-    kernel="dppo",
-)
-PPO_DUAL = replace(
-    GRPO,
-    name="ppo_dual",
-    term=ppo_dual_term,
-    formula="grpo's; where A < 0 at most -dual_clip A",
-    when="negative advantages with large ratios: their pull is bounded, where the plain clip leaves it free",
-    paper="Ye et al., 2020, arXiv:1912.09729",
-    aggregation="token_mean",
-    parameters=(Parameter(name="dual_clip", default=3.0, above=0, doc="where A < 0 the gain is at least dual_clip A"),),
-    kernel="ppo_dual",
-)
-REINFORCE = replace(
-    GRPO,
-    name="reinforce",
-    term=reinforce_term,
-    formula="-A p",
-    when="one update a rollout, where a ratio has nothing to correct",
-    paper="Williams, 1992",
-    aggregation="token_mean",
-    clip="none",
-    kernel="reinforce",
-)
+_reinforce = partial(_loss, term=reinforce_term, formula="-A p", clip="none", kernel="reinforce")
 
-LOSSES: dict[str, Loss] = {
-    loss.name: loss
-    for loss in (
-        GRPO,
-        replace(
-            GRPO,
-            name="bnpo",
-            when="every token weighs the same; TRL counts the tokens of the micro-batch only",
-            paper="TRL",
-            aggregation="token_mean",
+_RECORDS = (
+    _clipped(
+        name="grpo",
+        when="the original, every completion weighing the same whatever its length; with sequence ratios it is GSPO",
+        paper="Shao et al., DeepSeekMath, 2024, arXiv:2402.03300; the clip: Schulman et al., 2017, arXiv:1707.06347",
+        aggregation="sequence_mean",
+    ),
+    _clipped(
+        name="bnpo",
+        when="every token weighs the same; TRL counts the tokens of the micro-batch only",
+        paper="TRL",
+        aggregation="token_mean",
+    ),
+    _clipped(
+        name="dr_grpo",
+        when="neither length nor group may bias a token's weight (take advantages without scale)",
+        paper="Liu et al., Understanding R1-Zero-Like Training, 2025, arXiv:2503.20783",
+        aggregation="constant_length",
+        requires={"max_completion_length": "dr_grpo divides by it; expected an integer >= 1, got None"},
+    ),
+    _clipped(
+        name="dapo",
+        when="the default: every token of the step weighs the same, so long completions count by their length",
+        paper="Yu et al., DAPO, 2025, arXiv:2503.14476",
+        aggregation="token_mean",
+    ),
+    _clipped(
+        name="luspo",
+        when="sequence ratios (level sequence) without GSPO's bias to short answers: a sequence weighs its length",
+        paper="LUSPO, 2026, arXiv:2602.05261",
+        aggregation="sequence_sum",
+    ),
+    _loss(
+        name="cispo",
+        term=cispo_term,
+        formula="-sg(min(w, epsilon_high)) A p",
+        when="clipped tokens should still learn: the weight is bounded, the gradient never cut",
+        paper="MiniMax-M1, 2025, arXiv:2506.13585",
+        aggregation="token_mean",
+        requires={
+            "epsilon_high": "expected a number, as cispo bounds the ratio by it, not by 1 + it (MiniMax-M1: 5); "
+            "got None (TRL then takes epsilon, {epsilon})"
+        },
+        clip="upper",
+        kernel="cispo",
+    ),
+    _loss(
+        name="sapo",
+        term=sapo_term,
+        formula="-A sigmoid(tau (w - 1)) 4 / tau,  tau = sapo_temperature_pos where A > 0, else sapo_temperature_neg",
+        when="a soft gate in place of the clip: off-policy tokens fade instead of dropping out",
+        paper="Gao et al., Soft Adaptive Policy Optimization, 2025, arXiv:2511.20347",
+        aggregation="sequence_mean",
+        clip="none",
+        parameters=(
+            Parameter(name="sapo_temperature_pos", default=1.0, above=0, doc="tau where A > 0"),
+            Parameter(name="sapo_temperature_neg", default=1.05, above=0, doc="tau where A <= 0"),
         ),
-        replace(
-            GRPO,
-            name="dr_grpo",
-            when="neither length nor group may bias a token's weight (take advantages without scale)",
-            paper="Liu et al., Understanding R1-Zero-Like Training, 2025, arXiv:2503.20783",
-            aggregation="constant_length",
-            requires={"max_completion_length": "dr_grpo divides by it; expected an integer >= 1, got None"},
+        kernel="sapo",
+    ),
+    _loss(
+        name="vespo",
+        term=vespo_term,
+        formula="-phi A p,  phi = sg exp(lambda + k log W - lambda W),  W = product of the sequence's w and of its "
+        "correction's weights, clamped; k and lambda by A >= 0",
+        when="stale or asynchronous rollouts: the whole sequence's ratio counts, damped on both sides",
+        paper="VESPO, 2026, arXiv:2602.10693",
+        aggregation="token_mean",
+        reads=("importance",),
+        couples="clamped_sequence",
+        importance_sampling_modes=("token_truncate", "token_mask"),
+        clip="none",
+        metrics={"vespo/phi_seq_mean": "sequences"},
+        parameters=(
+            Parameter(name="vespo_k_pos", default=2.0, at_least=0, doc="k where A >= 0: damps small W"),
+            Parameter(name="vespo_lambda_pos", default=3.0, at_least=0, doc="lambda where A >= 0: damps large W"),
+            Parameter(name="vespo_k_neg", default=3.0, at_least=0, doc="k where A < 0"),
+            Parameter(name="vespo_lambda_neg", default=2.0, at_least=0, doc="lambda where A < 0"),
         ),
-        replace(
-            GRPO,
-            name="dapo",
-            when="the default: every token of the step weighs the same, so long completions count by their length",
-            paper="Yu et al., DAPO, 2025, arXiv:2503.14476",
-            aggregation="token_mean",
+        kernel=None,
+    ),
+    _loss(
+        name="gmpo",
+        term=gmpo_term,
+        formula="-A_s exp(mean over the sequence of r, clipped on the side that A_s overshoots),  A_s the mean of A",
+        when="a few outlying ratios should not decide a sequence's gradient: their geometric mean does",
+        paper="Zhao et al., Geometric-Mean Policy Optimization, 2025, arXiv:2507.20673",
+        aggregation="sequence_mean",
+        couples="sequence",
+        clip="two_sided",
+        kernel=None,
+    ),
+    _loss(
+        name="dppo",
+        term=dppo_term,
+        formula="-A w, 0 where e^p - e^mu has left [-dppo_threshold, dppo_threshold] on A's side;  "
+        "+ dppo_log_ratio_coef (log w)^2",
+        when="large vocabularies: the trust region is one of probabilities, in which rare tokens may move further",
+        paper="Qi et al., Rethinking the Trust Region in LLM Reinforcement Learning, 2026, arXiv:2602.04879",
+        aggregation="token_mean",
+        reads=("sampling_logprobs",),
+        beside_advantage="dppo_log_ratio_coef",
+        clip="none",
+        parameters=(
+            Parameter(
+                name="dppo_threshold", default=0.2, above=0, doc="probability difference beyond which a token drops"
+            ),
+            Parameter(name="dppo_log_ratio_coef", default=1e-3, at_least=0, doc="weight of the (log w)^2 term"),
         ),
-        replace(
-            GRPO,
-            name="luspo",
-            when="sequence ratios (level sequence) without GSPO's bias to short answers: a sequence weighs its length",
-            paper="LUSPO, 2026, arXiv:2602.05261",
-            aggregation="sequence_sum",
+        kernel="dppo",
+    ),
+    _loss(
+        name="ppo_dual",
+        term=ppo_dual_term,
+        formula="grpo's; where A < 0 at most -dual_clip A",
+        when="negative advantages with large ratios: their pull is bounded, where the plain clip leaves it free",
+        paper="Ye et al., 2020, arXiv:1912.09729",
+        aggregation="token_mean",
+        clip="two_sided",
+        parameters=(
+            Parameter(name="dual_clip", default=3.0, above=0, doc="where A < 0 the term is at most it times -A"),
         ),
-        CISPO,
-        SAPO,
-        VESPO,
-        GMPO,
-        DPPO,
-        PPO_DUAL,
-        REINFORCE,
-        replace(
-            REINFORCE,
-            name="rloo",
-            when="REINFORCE with the advantages of `group_advantages(scale='leave_one_out')`",
-            paper="Ahmadian et al., Back to Basics, 2024, arXiv:2402.14740",
-        ),
-    )
-}
+        kernel="ppo_dual",
+    ),
+    _reinforce(
+        name="reinforce",
+        when="one update a rollout, where a ratio has nothing to correct",
+        paper="Williams, 1992",
+        aggregation="token_mean",
+    ),
+    _reinforce(
+        name="rloo",
+        when="REINFORCE with the advantages of `group_advantages(scale='leave_one_out')`",
+        paper="Ahmadian et al., Back to Basics, 2024, arXiv:2402.14740",
+        aggregation="token_mean",
+    ),
+)
+LOSSES: dict[str, Loss] = {loss.name: loss for loss in _RECORDS}
 """The losses by name; `register_loss` adds to it."""
 LOSS_TYPES: tuple[LossName, ...] = get_args(LossName)
 assert tuple(LOSSES) == LOSS_TYPES, "LossName and LOSSES hold different names"
@@ -452,34 +423,50 @@ def register_loss(loss: Loss) -> RegisteredLoss:
 
 def _check(loss: Loss) -> None:
     """Raise ValueError if a field holds what it may not."""
-    from grpo_fast.config import DEFAULTS, LossConfig, check_parameter, require_choice  # config reads this table
+    from grpo_fast.config import (  # config reads this table
+        BUILT_IN,
+        DEFAULTS,
+        LossConfig,
+        check_parameter,
+        require_choice,
+    )
 
     if not isinstance(loss, Loss):
         raise ValueError(f"loss: expected a Loss; got {type(loss).__name__}")
     if LOSSES.get(loss.name, loss) is not loss:
         raise ValueError(f"name: expected one that is not taken ({', '.join(LOSSES)}); got {loss.name!r}")
-    options = LossConfig.__dataclass_fields__.keys()
-    for name in (loss.name, *(p.name for p in loss.parameters)):
-        if not isinstance(name, str) or not name.isidentifier():
-            raise ValueError(f"name: expected an identifier; got {name!r}")
+    if not callable(loss.term):
+        raise ValueError(f"term: expected a function of TermInputs; got {loss.term!r}")
     for name in ("formula", "when", "paper"):
         text = getattr(loss, name)
         if not isinstance(text, str) or not text.strip() or "\n" in text:
             raise ValueError(f"{name}: expected one line of text; got {text!r}")
-    if not callable(loss.term):
-        raise ValueError(f"term: expected a function of TermInputs; got {loss.term!r}")
-    require_choice("aggregation", loss.aggregation, get_args(Aggregation))
-    require_choice("couples", loss.couples, get_args(Coupling))
-    require_choice("clip", loss.clip, get_args(Clip))
-    for values, name, choices in (
-        (loss.reads, "reads", get_args(Quantity)),
-        (loss.importance_sampling_modes, "importance_sampling_modes", IMPORTANCE_SAMPLING_MODES),
-        (loss.requires, "requires", tuple(options)),
-        (loss.metrics.values(), "metrics", get_args(Mean)),
-        (() if loss.kernel is None else (loss.kernel,), "kernel", get_args(Kernel)),
+    containers = {"reads": tuple, "importance_sampling_modes": tuple, "parameters": tuple, "requires": Mapping}
+    for name, kind in (containers | {"metrics": Mapping}).items():
+        if not isinstance(getattr(loss, name), kind):
+            raise ValueError(f"{name}: expected a {kind.__name__}; got {getattr(loss, name)!r}")
+    options = tuple(LossConfig.__dataclass_fields__)
+    for name, values, choices in (
+        ("aggregation", [loss.aggregation], get_args(Aggregation)),
+        ("reads", loss.reads, get_args(Quantity)),
+        ("couples", [loss.couples], get_args(Coupling)),
+        ("requires", loss.requires, options),
+        ("importance_sampling_modes", loss.importance_sampling_modes, IMPORTANCE_SAMPLING_MODES),
+        ("clip", [loss.clip], get_args(Clip)),
+        ("metrics", loss.metrics.values(), get_args(Mean)),
+        ("kernel", [] if loss.kernel is None else [loss.kernel], get_args(Kernel)),
     ):
         for value in values:
             require_choice(name, value, choices)
+    for p in loss.parameters:
+        if not isinstance(p, Parameter):
+            raise ValueError(f"parameters: expected a tuple of Parameter; got {p!r} in it")
+        check_parameter(p, p.default)
+        if p.name in options and p not in BUILT_IN:
+            raise ValueError(f"parameters: expected names that are no options of LossConfig; got {p.name!r}")
+    for name in (loss.name, *(p.name for p in loss.parameters)):
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(f"name: expected an identifier; got {name!r}")
     for name in loss.metrics:
         if not name.startswith(f"{loss.name}/"):
             raise ValueError(f"metrics: expected names that begin with {loss.name}/; got {name!r}")
@@ -487,9 +474,5 @@ def _check(loss: Loss) -> None:
         raise ValueError(f"kernel: expected None, as device terms see one token and it couples; got {loss.kernel!r}")
     if loss.aggregation == "constant_length" and "max_completion_length" not in loss.requires:
         raise ValueError("requires: expected max_completion_length, as constant_length divides by it")
-    for p in loss.parameters:
-        check_parameter(p, p.default)
-        if p.name in options and LOSSES.get(loss.name) is not loss:
-            raise ValueError(f"parameters: expected names that are no options of LossConfig; got {p.name!r}")
     if loss.beside_advantage is not None:
         require_choice("beside_advantage", loss.beside_advantage, (*(p.name for p in loss.parameters), *DEFAULTS))

@@ -18,14 +18,77 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from grpo_fast.config import LossConfig
 from grpo_fast.losses import LOSSES, TermInputs, clamp
-from grpo_fast.packing import Segments
+
+
+class Segments:
+    """Which sequence each packed token belongs to, with the reductions that need to know.
+
+    Args:
+        cu_seqlens: `[S+1]` integers on the tokens' device; sequence s is tokens `cu_seqlens[s]:cu_seqlens[s+1]`.
+        num_tokens: T.
+
+    Attributes:
+        lengths: tokens per sequence, `[S]` int64.
+        index: the sequence of each token, `[T]` int64. Both are computed when first asked for.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, num_tokens: int) -> None:
+        self.cu_seqlens = cu_seqlens.to(torch.int64)
+        self.num_tokens = num_tokens
+        self.num_sequences = cu_seqlens.numel() - 1
+        self._lengths: Tensor | None = None
+        self._index: Tensor | None = None
+
+    @property
+    def lengths(self) -> Tensor:
+        if self._lengths is None:
+            self._lengths = self.cu_seqlens[1:] - self.cu_seqlens[:-1]
+        return self._lengths
+
+    @property
+    def index(self) -> Tensor:
+        if self._index is None:
+            numbers = torch.arange(self.num_sequences, device=self.cu_seqlens.device)
+            self._index = torch.repeat_interleave(numbers, self.lengths, output_size=self.num_tokens)
+        return self._index
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of `values` `[T]` over each sequence, `[S]`; accumulated in float64, 0 for empty sequences."""
+        dtype = values.dtype if values.is_floating_point() else torch.int64
+        if self.num_sequences == 0:
+            return values.to(dtype)  # empty, and still on the graph
+        total = torch.segment_reduce(values.double(), "sum", lengths=self.lengths, initial=0.0, unsafe=True)
+        return total.to(dtype)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Give each token its sequence's value: `[S]` to `[T]`."""
+        return _Spread.apply(values, self.index, self.lengths)  # type: ignore[no-any-return]
+
+    def mean(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Mean of `values` `[T]` over the unmasked tokens of each sequence, `[S]`; 0 where there is none."""
+        return self.sum(torch.where(mask, values, 0.0)) / self.sum(mask).clamp(min=1)
+
+
+class _Spread(torch.autograd.Function):
+    """`values[index]`, whose backward is a segment sum: an indexed add would be atomic, so not repeatable, on a GPU."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, index: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(lengths)
+        return values[index]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (lengths,) = ctx.saved_tensors
+        total = torch.segment_reduce(grad.double(), "sum", lengths=lengths, initial=0.0, unsafe=True)
+        return total.to(grad.dtype), None, None
 
 
 @dataclass
@@ -133,24 +196,25 @@ class Terms:
     noted: dict[str, Tensor]
 
 
+Scope = Literal["row", "sequence", "batch"]
+"""A token's own, those of its sequence, or all."""
+
+
 # -- which rows an objective couples --------------------------------------------------------------------------------
 
 
-def couples_sequences(config: LossConfig) -> bool:
-    """Whether a token's gradient depends on tokens of other sequences (only the entropy quantile does)."""
-    return config.top_entropy_quantile < 1.0
-
-
-def couples_tokens(config: LossConfig, *, has_old: bool) -> bool:
-    """Whether a token's gradient depends on the current log-probabilities of other tokens."""
+def slope_scope(config: LossConfig, *, has_old: bool) -> Scope:
+    """Whose current log-probabilities a token's slopes depend on."""
+    if config.top_entropy_quantile < 1.0:
+        return "batch"
     sequence_correction = (config.importance_sampling_mode or "").startswith("sequence") and not has_old
-    return (
+    couples = (
         config.importance_sampling_level != "token"
         or config.record.couples != "nothing"
         or config.off_policy_mask_threshold is not None
         or sequence_correction
-        or couples_sequences(config)
     )
+    return "sequence" if couples else "row"
 
 
 def reads_sampling(config: LossConfig) -> bool:
@@ -168,7 +232,7 @@ def needs_every_row(config: LossConfig) -> bool:
         config.beta != 0
         or config.entropy_coef != 0
         or config.record.beside_advantage is not None
-        or couples_sequences(config)
+        or config.top_entropy_quantile < 1.0
         or config.all_token_metrics
     )
 
@@ -285,19 +349,7 @@ def objective(logprobs: Tensor, entropy: Tensor | None, tokens: Tokens, config: 
     ratio = log_w.exp()
     importance = importance_weight(old.detach(), tokens, config) if tokens.importance is None else tokens.importance
     record = config.record
-    inputs = TermInputs(
-        logprobs=logprobs,
-        log_ratio=log_ratio,
-        log_w=log_w,
-        ratio=ratio,
-        advantages=tokens.advantages,
-        mask=tokens.mask,
-        segments=tokens.segments,
-        importance=importance,
-        old_logprobs=tokens.old_logprobs,
-        sampling_logprobs=tokens.sampling_logprobs,
-        config=config,
-    )
+    inputs = TermInputs(logprobs, log_ratio, log_w, ratio, importance, tokens, config)
 
     policy = record.term(inputs)
     if policy.shape != logprobs.shape or inputs.noted.keys() != record.metrics.keys():
@@ -418,16 +470,17 @@ class KernelObjective(NamedTuple):
 
 def kernel_objective(config: LossConfig, tokens: Tokens) -> KernelObjective | None:
     """The objective of tokens like these; None if it couples them or if no kernel has its term."""
-    if config.record.kernel is None or couples_tokens(config, has_old=tokens.old_logprobs is not None):
+    if config.record.kernel is None or slope_scope(config, has_old=tokens.old_logprobs is not None) != "row":
         return None
     if tokens.importance is not None:
-        return _kernel_objective(config, "weight")
+        return _kernel_objective(config.key, "weight")
     mode = None if tokens.sampling_logprobs is None else config.importance_sampling_mode
-    return _kernel_objective(config, mode or "none")
+    return _kernel_objective(config.key, mode or "none")
 
 
 @lru_cache(maxsize=64)
-def _kernel_objective(config: LossConfig, correction: str) -> KernelObjective:
+def _kernel_objective(key: str, correction: str) -> KernelObjective:
+    config = LossConfig.from_key(key)
     low, high, delta = config.importance_sampling_clip_min, config.importance_sampling_clip_max, config.delta
     parameters = {
         "clip_low": 1.0 - config.epsilon,

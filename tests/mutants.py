@@ -115,8 +115,8 @@ MUTANTS = (
     Mutant(
         "sapo-sequence-mean-forgotten",
         "grpo_fast/losses.py",
-        'arXiv:2511.20347",\n    aggregation="sequence_mean"',
-        'arXiv:2511.20347",\n    aggregation="sequence_sum"',
+        'arXiv:2511.20347",\n        aggregation="sequence_mean"',
+        'arXiv:2511.20347",\n        aggregation="sequence_sum"',
     ),
     Mutant(
         "vespo-token-local",

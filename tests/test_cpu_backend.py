@@ -14,7 +14,7 @@ from grpo_fast.backends.base import get_backend, resolve_backend
 from grpo_fast.config import LossConfig
 from grpo_fast.install import install_command
 from grpo_fast.loss import grpo_loss, token_logprobs
-from grpo_fast.objectives import couples_tokens
+from grpo_fast.objectives import slope_scope
 from tests.cases import OBJECTIVES, make_case, rel_rms
 
 CPU = torch.device("cpu")
@@ -99,7 +99,7 @@ def test_no_rows_leave_nothing_undefined(dtype: torch.dtype) -> None:
     assert found["narrow"].eq(0).all()
 
 
-TOKEN_LOCAL = [p for p in OBJECTIVES if not couples_tokens(LossConfig(**p.values[0]), has_old=False)]
+TOKEN_LOCAL = [p for p in OBJECTIVES if slope_scope(LossConfig(**p.values[0]), has_old=False) == "row"]
 
 
 @needs_native

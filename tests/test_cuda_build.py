@@ -25,8 +25,7 @@ from grpo_fast.backends.base import ObjectiveResults, RowChunk, RowObjective, Ro
 from grpo_fast.backends.cuda import CudaBackend
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.kernels.parameters import PARAMETERS
-from grpo_fast.objectives import Tokens
-from grpo_fast.packing import Segments
+from grpo_fast.objectives import Segments, Tokens
 from tests.cards import CARD, card
 from tests.test_csrc import CSRC, compiler, load_module
 
@@ -296,8 +295,8 @@ def test_objective_launch(runtime: Runtime) -> None:
     tokens = Tokens(mask=mask, segments=Segments(torch.tensor([0, R]), R), bonus_count=card(), **given)
     weights = card(R, offset=3)
     results = ObjectiveResults(card(R, offset=1), card(R, offset=2), card(R, dtype=torch.bool, offset=3))
-    objective = RowObjective(tokens, weights, LossConfig(), 8.0)
-    CudaBackend().objective_rows(rows, objective, dtype=torch.float16, out=dx, results=results)
+    objective = RowObjective(tokens, weights, LossConfig(), card())
+    CudaBackend().objective_rows(rows, objective, results, dtype=torch.float16, out=dx)
     named = {**given, "weights": weights, "dx": dx, **results._asdict()}
     only_launch(
         runtime,

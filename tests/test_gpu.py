@@ -17,7 +17,7 @@ from torch import Tensor
 
 from grpo_fast.backends.base import get_backend
 from grpo_fast.loss import HeadConfig, LossConfig, grpo_loss, token_logprobs
-from grpo_fast.objectives import couples_tokens
+from grpo_fast.objectives import slope_scope
 from grpo_fast.ops.call import row_budget
 from grpo_fast.reference import reference_logprobs
 from tests.cases import OBJECTIVES, TOLERANCES, Case, assert_close, make_case, objective_kwargs, objective_rows, rel_rms
@@ -123,7 +123,7 @@ TOKEN_LOCAL = token_local()
 def test_every_token_local_objective_is_among_them() -> None:
     assert len(TOKEN_LOCAL) >= 50
     assert len({kwargs["loss_type"] for kwargs in TOKEN_LOCAL}) == 11
-    assert not any(couples_tokens(LossConfig(**kwargs), has_old=True) for kwargs in TOKEN_LOCAL)
+    assert not any((slope_scope(LossConfig(**kwargs), has_old=True) != "row") for kwargs in TOKEN_LOCAL)
 
 
 @cache

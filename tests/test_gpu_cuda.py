@@ -28,8 +28,7 @@ from grpo_fast.backends.base import (
 )
 from grpo_fast.backends.cuda import CudaBackend
 from grpo_fast.config import HeadConfig, LossConfig
-from grpo_fast.objectives import Tokens
-from grpo_fast.packing import Segments
+from grpo_fast.objectives import Segments, Tokens
 from tests.cases import make_case, rel_rms
 from tests.cuda_groups import check_token_rows
 from tests.test_cuda_backend import emulated  # noqa: F401 - a fixture

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.loss import HeadConfig, LossConfig, grpo_loss, policy_loss, token_logprobs
-from grpo_fast.objectives import couples_sequences, couples_tokens
+from grpo_fast.objectives import slope_scope
 from grpo_fast.reference import reference_logprobs, reference_loss
 from tests.cases import (
     AXES,
@@ -86,8 +86,8 @@ def run(case: Case, config: LossConfig, **options: Any) -> tuple[Any, dict[str, 
 
 def legal_plans(config: LossConfig) -> list[str]:
     """The plans that serve an objective when everything needs a gradient and the old logprobs are given."""
-    fused = [] if couples_sequences(config) else ["resident"]
-    if not couples_tokens(config, has_old=True):
+    fused = [] if (config.top_entropy_quantile < 1) else ["resident"]
+    if slope_scope(config, has_old=True) == "row":
         fused.append("single_pass")
     return [*fused, "recompute", "lean"]
 

@@ -20,9 +20,8 @@ from grpo_fast import Loss, LossConfig, Parameter, TermInputs, grpo_loss, policy
 from grpo_fast.loss_page import documentation
 from grpo_fast.losses import CLIP_METRICS, IMPORTANCE_SAMPLING_MODES, LOSS_TYPES, LOSSES, Kernel, _check
 from grpo_fast.metrics import Metrics
-from grpo_fast.objectives import Tokens, objective
+from grpo_fast.objectives import Segments, Tokens, objective
 from grpo_fast.ops.planner import least_workspace_bytes
-from grpo_fast.packing import Segments
 from tests.cases import BACKENDS, Case, assert_close, make_case, objective_kwargs
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -172,7 +171,8 @@ def test_options_have_the_records_defaults_and_bounds(parameter: Parameter) -> N
             "importance_sampling_mode: vespo expects token_truncate, token_mask or None; got 'sequence_mask'",
         ),
         ({"loss_type": "dap"}, f"loss_type: expected one of {', '.join(LOSS_TYPES)}; got 'dap'"),
-        ({"parameters": {"tau": 1}}, "parameters: expected those of dapo (none); got 'tau'"),
+        ({"parameters": 1}, "parameters: expected those of dapo (none); got 1"),
+        ({"parameters": {"tau": 1}}, "parameters: expected those of dapo (none); got {'tau': 1}"),
     ],
 )
 def test_messages(options: dict[str, Any], message: str) -> None:
@@ -221,7 +221,7 @@ def hinge(**changes: Any) -> Loss:
 def geometric_term(c: TermInputs) -> Tensor:
     """Coupled: -A exp(mean over the sequence of r)."""
     c.note("geometric/ratio", c.ratio)
-    return -c.advantages * c.segments.spread(c.segments.mean(c.log_ratio, c.mask)).exp()
+    return -c.advantages * c.tokens.segments.spread(c.tokens.segments.mean(c.log_ratio, c.tokens.mask)).exp()
 
 
 def geometric() -> Loss:
@@ -355,7 +355,7 @@ def test_parameters() -> None:
     ):
         with pytest.raises(TypeError, match="cannot change"):
             change(config.parameters)
-    with pytest.raises(ValueError, match=r"parameters: expected those of hinge \(most, pull\); got 'tau'"):
+    with pytest.raises(ValueError, match=r"^parameters: expected those of hinge \(most, pull\); got {'tau': 1.0}"):
         LossConfig(loss_type=name, parameters={"tau": 1.0})
     with pytest.raises(ValueError, match=r"^pull: expected a finite number and >= 0 and <= 1; got 2"):
         LossConfig(loss_type=name, parameters={"pull": 2})
@@ -375,6 +375,9 @@ def test_parameters() -> None:
         ({"paper": None}, "paper: expected one line of text; got None"),
         ({"aggregation": "mean"}, "aggregation: expected one of token_mean, sequence_mean, "),
         ({"aggregation": "constant_length"}, "requires: expected max_completion_length, as constant_length divides"),
+        ({"reads": "importance"}, "reads: expected a tuple; got 'importance'"),
+        ({"metrics": ("hinge/capped",)}, "metrics: expected a Mapping; got ('hinge/capped',)"),
+        ({"parameters": ("most",)}, "parameters: expected a tuple of Parameter; got 'most' in it"),
         ({"reads": ("entropy",)}, "reads: expected one of sampling_logprobs, importance; got 'entropy'"),
         ({"couples": "all"}, "couples: expected one of nothing, sequence, clamped_sequence; got 'all'"),
         ({"beside_advantage": "tau"}, "beside_advantage: expected one of most, pull, "),

@@ -104,7 +104,7 @@ def test_wheel_contains_every_module_under_one_top_level(distributions: dict[str
     assert top_level.split() == ["grpo_fast"]
     installed = {name for name in names if name.startswith("grpo_fast/") and name.endswith((".py", ".yaml"))}
     assert installed == expected_modules(), "setup.py lists packages by hand: is a new one missing there?"
-    assert "grpo_fast/kernels/__init__.py" in names
+    assert {"grpo_fast/kernels/__init__.py", "grpo_fast/py.typed"} <= names
     assert (EXTENSION in names) == (kind == "direct" and shutil.which("g++") is not None)
 
 
@@ -112,6 +112,7 @@ def test_sdist_is_complete_and_licensed(distributions: dict[str, Path]) -> None:
     with tarfile.open(distributions["sdist"]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert {"LICENSE", "README.md", "CHANGELOG.md", "kernels/__init__.py", "setup.py", "pyproject.toml"} <= names
+    assert "grpo_fast/py.typed" in names
     assert names >= CONSTRAINTS
     sources = {f"csrc/{path.name}" for path in (REPO / "csrc").iterdir() if path.is_file()}
     assert {"csrc/bindings.cpp", "csrc/objective.h", "csrc/row_cuda.cu", "csrc/nvcc.py"} <= sources <= names

@@ -20,7 +20,7 @@ from grpo_fast.backends import devices
 from grpo_fast.backends.base import get_backend
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.loss import grpo_loss, token_logprobs
-from grpo_fast.objectives import couples_tokens, needs_every_row
+from grpo_fast.objectives import needs_every_row, slope_scope
 from grpo_fast.ops.call import row_budget
 from grpo_fast.ops.row_stream import RowStream
 from tests.cases import INTERPRETED, OBJECTIVES, TOLERANCES, Case, assert_close, make_case, padded, rel_rms
@@ -304,7 +304,7 @@ def test_waits() -> None:
             )  # fmt: skip
             out.loss.backward()
         assert len(device.waits) <= waits, (config.loss_type, given, device.waits)
-        assert needs_every_row(config) or couples_tokens(config, has_old=False) or len(device.waits) == 1
+        assert needs_every_row(config) or (slope_scope(config, has_old=False) != "row") or len(device.waits) == 1
 
 
 def test_tokens_are_gathered_once_a_call() -> None:

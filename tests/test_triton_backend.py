@@ -14,9 +14,8 @@ from grpo_fast.backends.base import get_backend, native_objective, resolve_backe
 from grpo_fast.backends.triton import _objective
 from grpo_fast.config import LossConfig
 from grpo_fast.inputs import token_inputs
-from grpo_fast.objectives import Tokens, _kernel_objective, kernel_objective
+from grpo_fast.objectives import Segments, Tokens, _kernel_objective, kernel_objective
 from grpo_fast.ops.call import default_workspace_bytes, row_budget, tuning
-from grpo_fast.packing import Segments
 
 GPU = torch.device("cuda", 0)
 MIB = 2**20

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from grpo_fast.config import LossConfig
 from grpo_fast.integrations.terms import token_terms
-from grpo_fast.objectives import couples_tokens
+from grpo_fast.objectives import slope_scope
 
 Loss = Callable[[Any, Any, Tensor, Callable[[Tensor], Tensor]], tuple[Tensor, dict[str, Tensor]]]
 
@@ -54,7 +54,7 @@ def custom_loss(config: LossConfig | None = None) -> Loss:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         options = loss_config(args) if config is None else config
         parallel = getattr(args, "context_parallel_size", 1)
-        if parallel > 1 and couples_tokens(options, has_old=True):
+        if parallel > 1 and slope_scope(options, has_old=True) != "row":
             raise ValueError(
                 f"context_parallel_size: expected 1, as {options.loss_type} at level "
                 f"{options.importance_sampling_level!r} needs whole sequences; got {parallel}"

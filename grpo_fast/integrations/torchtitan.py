@@ -19,7 +19,7 @@ from torch import Tensor
 from grpo_fast.config import LossConfig
 from grpo_fast.integrations.terms import clipped_share, token_terms
 from grpo_fast.integrations.versions import require
-from grpo_fast.objectives import couples_tokens
+from grpo_fast.objectives import slope_scope
 
 
 def token_loss(
@@ -56,7 +56,7 @@ def token_loss(
 
 def check_objective(config: LossConfig) -> None:
     """Raise ValueError for what torchtitan has no data for: sequences, a reference, an entropy gradient."""
-    if couples_tokens(config, has_old=True):
+    if slope_scope(config, has_old=True) != "row":
         raise ValueError(
             f"objective: expected one that is local to tokens, as torchtitan's rows hold several samples; got {config}"
         )

@@ -38,14 +38,12 @@ from torch import Tensor
 from grpo_fast.backends.base import Backend, Transform, get_backend
 from grpo_fast.backends.devices import TRAITS
 from grpo_fast.config import HeadConfig
-from grpo_fast.packing import Segments
+from grpo_fast.objectives import Scope, Segments
 
 logger = logging.getLogger("grpo_fast")
 
 PlanName = Literal["auto", "single_pass", "frozen_head", "resident", "recompute", "lean", "fused_forward"]
 PLANS: tuple[str, ...] = get_args(PlanName)[1:]
-Coupling = Literal["nothing", "sequences", "batch"]
-"""Whose current logprobs a row's slopes depend on: its own alone, its sequence's, or all."""
 MIN_TILE_ROWS = 16
 _reported: set[tuple[object, ...]] = set()
 
@@ -243,12 +241,12 @@ class HeadCall:
         return counts
 
     def planned(
-        self, plan: str, *, couples: Coupling, entropy_grad: bool = False, row_counts: list[int] | None = None
+        self, plan: str, *, scope: Scope, entropy_grad: bool = False, row_counts: list[int] | None = None
     ) -> HeadCall:
         """The call with its plan and its rows.
 
         Args:
-            couples: of the objective; "batch" where it is not known (`token_logprobs`).
+            scope: of the objective's slopes; "batch" where it is not known (`token_logprobs`).
             entropy_grad: the entropy is known to need a gradient.
             row_counts: computed rows of each sequence, where the host knows them.
 
@@ -256,8 +254,8 @@ class HeadCall:
             ValueError: unknown plan, or one that cannot serve this call (with the reason).
         """
         # An objective that does not couple tokens could be cut anywhere: sequences of one row.
-        longest = 1 if couples == "nothing" else None if row_counts is None else max(row_counts, default=0)
-        chosen = _choose(self, plan, couples, entropy_grad, longest)
+        longest = 1 if scope == "row" else None if row_counts is None else max(row_counts, default=0)
+        chosen = _choose(self, plan, scope, entropy_grad, longest)
         rows = self.rows
         if not torch.compiler.is_compiling():
             _report(chosen, self.backend, self.weight, self.budget)
@@ -418,11 +416,11 @@ def _power_of_two_over(largest: Tensor) -> Tensor:
 # -- which plan -------------------------------------------------------------------------------------------------------
 
 
-def _choose(call: HeadCall, plan: str, couples: Coupling, entropy_grad: bool, longest: int | None) -> str:
+def _choose(call: HeadCall, plan: str, scope: Scope, entropy_grad: bool, longest: int | None) -> str:
     """The plan to run: the cheapest that fits for "auto", otherwise the one asked for."""
     if plan != "auto" and plan not in PLANS:
         raise ValueError(f"plan: expected auto or one of {', '.join(PLANS)}; got {plan!r}")
-    obstacle = None if plan == "auto" else _obstacle(call, plan, couples, longest)
+    obstacle = None if plan == "auto" else _obstacle(call, plan, scope, longest)
     if obstacle is not None:
         raise ValueError(f"plan: {plan!r} cannot serve this call: {obstacle}")
     if not any(call.wants()):
@@ -432,13 +430,13 @@ def _choose(call: HeadCall, plan: str, couples: Coupling, entropy_grad: bool, lo
     # With an entropy gradient the frozen head would have to recompute: 6 T H V at best.
     frozen = () if entropy_grad else ("frozen_head",)
     candidates = (*frozen, "single_pass", "resident", "recompute")
-    return next(name for name in candidates if _obstacle(call, name, couples, longest) is None)
+    return next(name for name in candidates if _obstacle(call, name, scope, longest) is None)
 
 
-def _obstacle(call: HeadCall, plan: str, couples: Coupling, longest: int | None) -> str | None:
+def _obstacle(call: HeadCall, plan: str, scope: Scope, longest: int | None) -> str | None:
     """Why `plan` cannot serve the call, or None. `longest`: rows of the longest sequence, where the host knows it."""
     _, *head_wants = wants = call.wants()
-    if plan == "single_pass" and couples != "nothing":
+    if plan == "single_pass" and scope != "row":
         return "the objective couples tokens, so a row's gradient is not known when its logits are"
     if plan == "fused_forward":
         if any(wants):
@@ -448,7 +446,7 @@ def _obstacle(call: HeadCall, plan: str, couples: Coupling, longest: int | None)
     if plan == "frozen_head" and any(head_wants):
         return "weight or bias needs a gradient"
     if plan == "resident":
-        if couples == "batch":
+        if scope == "batch":
             return "the objective couples sequences (or is not known yet)"
         if longest is None:
             return "sequence lengths are not known on the host while compiling"

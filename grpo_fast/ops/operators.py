@@ -8,8 +8,9 @@ statistics, scaled in the backward, in place where the graph is not kept).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Optional
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,98 +27,81 @@ from grpo_fast.ops.passes import Gradients, Wanted, backward_pass, forward_pass,
 TAGS = (torch.Tag.cudagraph_unsafe,)
 """While a caller is compiled nobody has counted its rows: with a mask the operators wait for the device, which a graph
 that is being captured (`torch.compile(mode="reduce-overhead")`) does not allow. Inductor leaves them out of its."""
-Tensors = Sequence[Optional[Tensor]]  # noqa: UP045 - torch.library reads it
+WIRE = "Tensor hidden, Tensor weight, Tensor? bias, Tensor?[] tensors, float[] numbers, SymInt[] budget, str names"
+"""Of every operator: `HeadCall.to_wire`."""
+GRADIENTS = "Tensor, Tensor, Tensor"
+"""In hidden, weight and bias; an empty one stands for none, as operators return tensors."""
 
-# -- operators --------------------------------------------------------------------------------------------------------
+
+def _operator(name: str, arguments: str, results: str, *, mutates: tuple[str, ...] = ()) -> Any:
+    """A decorator: an operator of a `HeadCall` and `arguments`."""
+    schema = f"({WIRE}{arguments}) -> ({results})"
+    return torch.library.custom_op(f"grpo_fast::{name}", mutates_args=mutates, schema=schema, tags=TAGS)
 
 
-@torch.library.custom_op("grpo_fast::forward", mutates_args=(), tags=TAGS)
-def forward_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tensors: Tensors,
-    numbers: Sequence[float],
-    budget: Sequence[int],
-    names: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+@contextmanager
+def _call(*wire: Any) -> Iterator[HeadCall]:
+    """The call, to be computed in the dtypes that it has."""
+    with torch.autocast(wire[0].device.type, enabled=False):
+        yield HeadCall.from_wire(*wire)
+
+
+@_operator("forward", "", "Tensor, Tensor, Tensor, Tensor")
+def forward_op(*wire):  # type: ignore[no-untyped-def]
     """logprobs, entropy, lse `[T]` and the unit gradient `[T, H]` (of the plan `frozen_head`; else empty)."""
-    with torch.autocast(hidden.device.type, enabled=False):
-        call = HeadCall.from_wire(hidden, weight, bias, tensors, numbers, budget, names)
-        logprobs, entropy, lse, unit = forward_pass(call)
-    return logprobs, entropy, lse, _or_nothing(unit, hidden)
+    with _call(*wire) as call:
+        *statistics, unit = forward_pass(call)
+    return (*statistics, call.hidden.new_empty(0) if unit is None else unit)
 
 
-@torch.library.custom_op("grpo_fast::backward", mutates_args={"main_grad"}, tags=TAGS)
-def backward_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tensors: Tensors,
-    numbers: Sequence[float],
-    budget: Sequence[int],
-    names: str,
-    rows: Tensors,
-    main_grad: Tensor | None,
-    want: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients in hidden, weight and bias (empty unless wanted); the logits are computed again.
+@forward_op.register_fake
+def _(hidden, *wire):  # type: ignore[no-untyped-def]
+    unit = torch.empty_like(hidden) if wire[-1].endswith(" frozen_head") else hidden.new_empty(0)
+    return (*_fake_rows(hidden, 3), unit)
 
-    Args:
-        rows: lse, entropy, g, and e or None, `[T]` each.
-    """
-    with torch.autocast(hidden.device.type, enabled=False):
-        call = HeadCall.from_wire(hidden, weight, bias, tensors, numbers, budget, names)
+
+@_operator("backward", ", Tensor?[] rows, Tensor(a!)? main_grad, bool[] want", GRADIENTS, mutates=("main_grad",))
+def backward_op(*given):  # type: ignore[no-untyped-def]
+    """Gradients from `rows`, which are lse, entropy, g, and e or None, `[T]`; the logits are computed again."""
+    *wire, rows, main_grad, want = given
+    with _call(*wire) as call:
         run = lean_backward_pass if call.plan == "lean" else backward_pass
-        lse, entropy, g = (values for values in rows[:3] if values is not None)
-        gradients = run(call, lse, entropy, g, rows[3], Wanted.of(want, main_grad))
-    return _tensors(gradients, hidden, weight)
+        lse, entropy, g, e = rows
+        return _tensors(run(call, lse, entropy, g, e, Wanted.of(want, main_grad)), call)
 
 
-@torch.library.custom_op("grpo_fast::objective", mutates_args={"main_grad"}, tags=TAGS)
-def objective_op(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tensors: Tensors,
-    numbers: Sequence[float],
-    budget: Sequence[int],
-    names: str,
-    tokens: Tensors,
-    weights: Tensor,
-    config_key: str,
-    row_counts: Optional[Sequence[int]],  # noqa: UP045 - torch.library reads it
-    main_grad: Tensor | None,
-    want: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """logprobs and entropy `[T]`, and the loss's gradients in hidden, weight and bias (empty unless wanted).
+@backward_op.register_fake
+def _(hidden, weight, *given):  # type: ignore[no-untyped-def]
+    return tuple(_fake_gradients(hidden, weight, *given[-2:]))
 
-    Args:
-        tokens: `Tokens.to_wire`. weights: `[T]`, of their terms in the loss.
-        row_counts: computed rows of each sequence, for objectives that couple a sequence's tokens; else None.
+
+@_operator(
+    "objective",
+    ", Tensor?[] tokens, Tensor weights, str config, SymInt[]? row_counts, Tensor(a!)? main_grad, bool[] want",
+    f"Tensor, Tensor, {GRADIENTS}",
+    mutates=("main_grad",),
+)
+def objective_op(*given):  # type: ignore[no-untyped-def]
+    """logprobs and entropy `[T]`, and the loss's gradients.
+
+    Given besides the call: `Tokens.to_wire`, the weights `[T]` of their terms, the config's key, and computed rows of
+    each sequence where the objective couples a sequence's tokens.
     """
-    with torch.autocast(hidden.device.type, enabled=False):
-        call = HeadCall.from_wire(hidden, weight, bias, tensors, numbers, budget, names)
+    *wire, tokens, weights, config, row_counts, main_grad, want = given
+    with _call(*wire) as call:
         logprobs, entropy, gradients = objective_pass(
-            call,
-            Tokens.from_wire(tokens),
-            weights,
-            LossConfig.from_key(config_key),
-            None if row_counts is None else list(row_counts),
-            Wanted.of(want, main_grad),
+            call, Tokens.from_wire(tokens), weights, LossConfig.from_key(config), row_counts, Wanted.of(want, main_grad)
         )
-    return (logprobs, entropy, *_tensors(gradients, hidden, weight))
+        return (logprobs, entropy, *_tensors(gradients, call))
 
 
-def _or_nothing(tensor: Tensor | None, like: Tensor) -> Tensor:
-    """Operators return tensors, never None: an empty one stands for nothing."""
-    return like.new_empty(0) if tensor is None else tensor
+@objective_op.register_fake
+def _(hidden, weight, *given):  # type: ignore[no-untyped-def]
+    return (*_fake_rows(hidden, 2), *_fake_gradients(hidden, weight, *given[-2:]))
 
 
-def _tensors(gradients: Gradients, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    likes = zip(gradients, (hidden, weight, weight), strict=True)
-    of_hidden, of_weight, of_bias = (_or_nothing(gradient, like) for gradient, like in likes)
-    return of_hidden, of_weight, of_bias
+def _tensors(gradients: Gradients, call: HeadCall) -> tuple[Tensor, ...]:
+    return tuple(call.hidden.new_empty(0) if gradient is None else gradient for gradient in gradients)
 
 
 def _fake_rows(hidden: Tensor, count: int) -> list[Tensor]:
@@ -128,24 +112,7 @@ def _fake_rows(hidden: Tensor, count: int) -> list[Tensor]:
 def _fake_gradients(hidden: Tensor, weight: Tensor, main_grad: Tensor | None, want: Sequence[bool]) -> list[Tensor]:
     wanted = (want[0], want[1] and main_grad is None, want[2])
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    likes = zip((hidden, weight, weight), shapes, wanted, strict=True)
-    return [like.new_empty(shape if w else (0,)) for like, shape, w in likes]
-
-
-@forward_op.register_fake
-def _(hidden, weight, bias, tensors, numbers, budget, names):  # type: ignore[no-untyped-def]
-    unit = torch.empty_like(hidden) if names.endswith(" frozen_head") else hidden.new_empty(0)
-    return (*_fake_rows(hidden, 3), unit)
-
-
-@backward_op.register_fake
-def _(hidden, weight, bias, *args):  # type: ignore[no-untyped-def]
-    return tuple(_fake_gradients(hidden, weight, *args[-2:]))
-
-
-@objective_op.register_fake
-def _(hidden, weight, bias, *args):  # type: ignore[no-untyped-def]
-    return (*_fake_rows(hidden, 2), *_fake_gradients(hidden, weight, *args[-2:]))
+    return [hidden.new_empty(shape if wants else (0,)) for shape, wants in zip(shapes, wanted, strict=True)]
 
 
 # -- autograd ---------------------------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ from tests.test_loss import (  # noqa: F401
     test_main_grad_takes_the_weight_gradient,
     test_wrong_results_would_fail,
 )
+from tests.test_losses import _table, check_registered  # noqa: F401
 from tests.test_memory import run as run_and_spy
 from tests.test_memory import workspace_for
 
@@ -69,6 +70,11 @@ def test_half_precision(kwargs: dict[str, Any], dtype: torch.dtype) -> None:
         assert_close(f"{plan} loss", out.loss, expected.loss, eager=plain_loss)
         for name, gradient in gradients.items():
             assert_close(f"{plan} grad {name}", actual[name], gradient, eager=plain[name])
+
+
+def test_registered_losses() -> None:
+    """Losses without a device term: statistics and gradients by the kernels, torch between."""
+    check_registered("triton", make_case(5, LENGTHS, zero_advantages=0.3), ("single_pass", "resident", "lean"))
 
 
 @pytest.mark.parametrize("vocab", [1000, 32000, 50257])

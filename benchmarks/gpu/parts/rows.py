@@ -33,8 +33,7 @@ from grpo_fast.backends.base import (
     statistics_of,
 )
 from grpo_fast.config import HeadConfig, LossConfig
-from grpo_fast.objectives import Tokens
-from grpo_fast.packing import Segments
+from grpo_fast.objectives import Segments, Tokens
 
 BYTES = {"statistics": (4, 0), "gradient": (4, 2), "objective": (4, 2)}
 BOUNDS = {"logprobs": 1e-4, "entropy": 1e-4, "gradient": 4e-3, "objective": 4e-3}
