@@ -20,11 +20,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_fast.backends.fused import objective_numbers
 from grpo_fast.config import LOSS_TYPES, LossConfig
 from grpo_fast.kernels import parameters
 from grpo_fast.kernels.parameters import PARAMETERS
-from grpo_fast.objectives import Segments, Tokens, importance_weight, objective
+from grpo_fast.objectives import Segments, Tokens, importance_weight, kernel_objective, objective
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 TEST_SOURCES = ["tests/main.cpp", *sorted(f"tests/{path.name}" for path in (CSRC / "tests").glob("test_*.cpp"))]
@@ -94,6 +93,7 @@ def test_sources_need_no_openmp(tmp_path: Path) -> None:
 TOKEN_LOCAL = [name for name in LOSS_TYPES if name not in ("vespo", "gmpo")]
 POLICIES = ("clipped", "cispo", "sapo", "dppo", "ppo_dual", "reinforce")
 KL_ESTIMATORS = ("none", "k1", "k2", "k3")
+WEIGHTS = ("none", "weight", "token_truncate", "token_mask")
 
 
 class Objective(ctypes.Structure):
@@ -106,14 +106,15 @@ class Objective(ctypes.Structure):
     ]
 
     @classmethod
-    def of(cls, config: LossConfig, *, known_weight: bool) -> Objective:
-        numbers, mode = objective_numbers(config), config.importance_sampling_mode
+    def of(cls, config: LossConfig, tokens: Tokens) -> Objective:
+        given = kernel_objective(config, tokens)
+        assert given is not None
         return cls(
-            policy=POLICIES.index(numbers.policy),
-            kl=KL_ESTIMATORS.index(numbers.kl),
-            correction=0 if mode is None else 1 if known_weight else {"token_truncate": 2, "token_mask": 3}[mode],
-            kl_times_ratio=numbers.kl_times_ratio,
-            **dict(numbers.parameters),
+            policy=POLICIES.index(given.policy),
+            kl=KL_ESTIMATORS.index(given.kl),
+            correction=WEIGHTS.index(given.correction),
+            kl_times_ratio=given.kl_times_ratio,
+            **dict(given.parameters),
         )
 
 
@@ -148,7 +149,7 @@ def compiled_objective(
     named = given | {"terms": terms, "slopes": slopes}
     pointers = {name: tensor.data_ptr() for name, tensor in named.items() if tensor is not None}
     function = library.objective_double if logprobs.dtype == torch.float64 else library.objective_float
-    options = Objective.of(config, known_weight=tokens.importance is not None)
+    options = Objective.of(config, tokens)
     function(ctypes.byref(options), ctypes.c_int64(logprobs.numel()), ctypes.byref(Arrays(**pointers)))
     return terms, slopes
 
@@ -283,7 +284,8 @@ def test_devices_know_the_same_names() -> None:
     native = pytest.importorskip("grpo_fast._C", reason="the extension is not built")
     kernels = pytest.importorskip("grpo_fast.kernels.objective", reason="Triton is not installed")
     assert native.PARAMETERS == kernels.PARAMETERS == PARAMETERS
-    known = {"policy": kernels.POLICIES, "kl": kernels.KL_ESTIMATORS, "correction": kernels.CORRECTIONS}
+    known = {"policy": POLICIES, "kl": KL_ESTIMATORS, "correction": WEIGHTS}
+    assert tuple(known.values()) == (tuple(kernels.POLICIES), kernels.KL_ESTIMATORS, kernels.CORRECTIONS)
     given = {"policy": "clipped", "kl": "none", "correction": "none", "kl_times_ratio": True}
     for option, names in known.items():
         for name in names:

@@ -295,8 +295,8 @@ def test_objective_launch(runtime: Runtime) -> None:
     tokens = Tokens(mask=mask, segments=Segments(torch.tensor([0, R]), R), bonus_count=card(), **given)
     weights = card(R, offset=3)
     results = ObjectiveResults(card(R, offset=1), card(R, offset=2), card(R, dtype=torch.bool, offset=3))
-    objective = RowObjective(tokens, weights, LossConfig(), 8.0)
-    CudaBackend().objective_rows(rows, objective, dtype=torch.float16, out=dx, results=results)
+    objective = RowObjective(tokens, weights, LossConfig(), card())
+    CudaBackend().objective_rows(rows, objective, results, dtype=torch.float16, out=dx)
     named = {**given, "weights": weights, "dx": dx, **results._asdict()}
     only_launch(
         runtime,
