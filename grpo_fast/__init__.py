@@ -9,10 +9,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from grpo_fast.config import HeadConfig, LossConfig
+    from grpo_fast.config import HeadConfig, LossConfig, register_loss
     from grpo_fast.head import Head, head_of
     from grpo_fast.loss import grpo_loss, policy_loss, token_logprobs
-    from grpo_fast.losses import Loss, Parameter, TermInputs, register_loss
+    from grpo_fast.losses import Loss, Parameter, TermInputs
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,9 +29,11 @@ __all__ = [
     "token_logprobs",
 ]
 
-_ROOMS = {"Head": "head", "head_of": "head", "HeadConfig": "config", "LossConfig": "config"} | dict.fromkeys(
-    ("Loss", "Parameter", "TermInputs", "register_loss"), "losses"
-)
+_ROOMS = {
+    **dict.fromkeys(("Head", "head_of"), "head"),
+    **dict.fromkeys(("HeadConfig", "LossConfig", "register_loss"), "config"),
+    **dict.fromkeys(("Loss", "Parameter", "TermInputs"), "losses"),
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -13,10 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, get_args
 from grpo_fast.losses import (
     IMPORTANCE_SAMPLING_MODES,
     LOSSES,
+    Aggregation,
+    Clip,
     CorrectionMode,
+    Coupling,
+    Kernel,
     Loss,
     LossName,
+    Mean,
     Parameter,
+    Quantity,
     RegisteredLoss,
 )
 from grpo_fast.losses import LOSS_TYPES as LOSS_TYPES
@@ -243,3 +249,72 @@ class HeadConfig:
         require_number("softcap", self.softcap, above=0, optional=True)
         if self.logit_scale == 0:
             raise ValueError("logit_scale: expected a number other than 0; got 0")
+
+
+# -- losses from outside ----------------------------------------------------------------------------------------------
+
+
+def register_loss(loss: Loss) -> RegisteredLoss:
+    """Add a loss: `LossConfig(loss_type=register_loss(loss))`, with `parameters={...}` for its own.
+
+    Every process that uses it registers it. Without a `kernel`, row kernels compute log-probabilities and gradients,
+    and torch the objective between them.
+
+    Returns:
+        Its name.
+
+    Raises:
+        ValueError: a field is malformed, or the name is taken.
+    """
+    _check(loss)
+    LOSSES[loss.name] = loss
+    return RegisteredLoss(loss.name)
+
+
+def _check(loss: Loss) -> None:
+    """Raise ValueError if a field holds what it may not."""
+    if not isinstance(loss, Loss):
+        raise ValueError(f"loss: expected a Loss; got {type(loss).__name__}")
+    if LOSSES.get(loss.name, loss) is not loss:
+        raise ValueError(f"name: expected one that is not taken ({', '.join(LOSSES)}); got {loss.name!r}")
+    if not callable(loss.term):
+        raise ValueError(f"term: expected a function of TermInputs; got {loss.term!r}")
+    for name in ("formula", "when", "paper"):
+        text = getattr(loss, name)
+        if not isinstance(text, str) or not text.strip() or "\n" in text:
+            raise ValueError(f"{name}: expected one line of text; got {text!r}")
+    containers = {"reads": tuple, "importance_sampling_modes": tuple, "parameters": tuple, "requires": Mapping}
+    for name, kind in (containers | {"metrics": Mapping}).items():
+        if not isinstance(getattr(loss, name), kind):
+            raise ValueError(f"{name}: expected a {kind.__name__}; got {getattr(loss, name)!r}")
+    options = tuple(LossConfig.__dataclass_fields__)
+    for name, values, choices in (
+        ("aggregation", [loss.aggregation], get_args(Aggregation)),
+        ("reads", loss.reads, get_args(Quantity)),
+        ("couples", [loss.couples], get_args(Coupling)),
+        ("requires", loss.requires, options),
+        ("importance_sampling_modes", loss.importance_sampling_modes, IMPORTANCE_SAMPLING_MODES),
+        ("clip", [loss.clip], get_args(Clip)),
+        ("metrics", loss.metrics.values(), get_args(Mean)),
+        ("kernel", [] if loss.kernel is None else [loss.kernel], get_args(Kernel)),
+    ):
+        for value in values:
+            require_choice(name, value, choices)
+    for p in loss.parameters:
+        if not isinstance(p, Parameter):
+            raise ValueError(f"parameters: expected a tuple of Parameter; got {p!r} in it")
+        check_parameter(p, p.default)
+        if p.name in options and p not in BUILT_IN:
+            raise ValueError(f"parameters: expected names that are no options of LossConfig; got {p.name!r}")
+    for name in (loss.name, *(p.name for p in loss.parameters)):
+        if not isinstance(name, str) or not name.isidentifier():
+            raise ValueError(f"name: expected an identifier; got {name!r}")
+    for name in loss.metrics:
+        if not name.startswith(f"{loss.name}/"):
+            raise ValueError(f"metrics: expected names that begin with {loss.name}/; got {name!r}")
+    if loss.kernel is not None and loss.couples != "nothing":
+        raise ValueError(f"kernel: expected None, as device terms see one token and it couples; got {loss.kernel!r}")
+    if loss.aggregation == "constant_length" and "max_completion_length" not in loss.requires:
+        raise ValueError("requires: expected max_completion_length, as constant_length divides by it")
+    if loss.beside_advantage is not None:
+        require_choice("beside_advantage", loss.beside_advantage, (*(p.name for p in loss.parameters), *DEFAULTS))

@@ -5,7 +5,7 @@ of the current policy, r = p - old, w the ratio at the configured level, A advan
 policy that sampled, sg stop-gradient. Logs are natural (nats).
 
 To add a loss here: its name in `LossName`, a term, a record in `LOSSES`, its twin in `reference.py`; then
-`python -m grpo_fast.loss_page > docs/losses.md`. From outside: `register_loss` (docs/adding-a-loss.md).
+`python -m grpo_fast.loss_page > docs/losses.md`. From outside: `config.register_loss` (docs/adding-a-loss.md).
 """
 
 from __future__ import annotations
@@ -14,14 +14,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING, Literal, NewType, TypeAlias, get_args
+from typing import Any, Literal, NewType, TypeAlias, get_args
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from grpo_fast.config import LossConfig
-    from grpo_fast.objectives import Tokens
 
 LossName: TypeAlias = Literal[
     "grpo",
@@ -108,6 +104,70 @@ class Loss:
     """The device term that computes the same; None: torch's operators and autograd, between the row kernels."""
 
 
+class Segments:
+    """Which sequence each packed token belongs to, with the reductions that need to know.
+
+    Args:
+        cu_seqlens: `[S+1]` integers on the tokens' device; sequence s is tokens `cu_seqlens[s]:cu_seqlens[s+1]`.
+        num_tokens: T.
+
+    Attributes:
+        lengths: tokens per sequence, `[S]` int64.
+        index: the sequence of each token, `[T]` int64. Both are computed when first asked for.
+    """
+
+    def __init__(self, cu_seqlens: Tensor, num_tokens: int) -> None:
+        self.cu_seqlens = cu_seqlens.to(torch.int64)
+        self.num_tokens = num_tokens
+        self.num_sequences = cu_seqlens.numel() - 1
+        self._lengths: Tensor | None = None
+        self._index: Tensor | None = None
+
+    @property
+    def lengths(self) -> Tensor:
+        if self._lengths is None:
+            self._lengths = self.cu_seqlens[1:] - self.cu_seqlens[:-1]
+        return self._lengths
+
+    @property
+    def index(self) -> Tensor:
+        if self._index is None:
+            numbers = torch.arange(self.num_sequences, device=self.cu_seqlens.device)
+            self._index = torch.repeat_interleave(numbers, self.lengths, output_size=self.num_tokens)
+        return self._index
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum of `values` `[T]` over each sequence, `[S]`; accumulated in float64, 0 for empty sequences."""
+        dtype = values.dtype if values.is_floating_point() else torch.int64
+        if self.num_sequences == 0:
+            return values.to(dtype)  # empty, and still on the graph
+        total = torch.segment_reduce(values.double(), "sum", lengths=self.lengths, initial=0.0, unsafe=True)
+        return total.to(dtype)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Give each token its sequence's value: `[S]` to `[T]`."""
+        return _Spread.apply(values, self.index, self.lengths)  # type: ignore[no-any-return]
+
+    def mean(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Mean of `values` `[T]` over the unmasked tokens of each sequence, `[S]`; 0 where there is none."""
+        return self.sum(torch.where(mask, values, 0.0)) / self.sum(mask).clamp(min=1)
+
+
+class _Spread(torch.autograd.Function):
+    """`values[index]`, whose backward is a segment sum: an indexed add would be atomic, so not repeatable, on a GPU."""
+
+    @staticmethod
+    def forward(ctx, values: Tensor, index: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
+        ctx.save_for_backward(lengths)
+        return values[index]
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+        (lengths,) = ctx.saved_tensors
+        total = torch.segment_reduce(grad.double(), "sum", lengths=lengths, initial=0.0, unsafe=True)
+        return total.to(grad.dtype), None, None
+
+
 @dataclass
 class TermInputs:
     """What a term may read, `[T]` each; only what comes from `logprobs` has a gradient. Finite where masked.
@@ -115,7 +175,9 @@ class TermInputs:
     Attributes:
         logprobs: p. log_ratio: r. log_w: log w, at the configured level. ratio: w.
         importance: weights of the train/inference correction, or None.
-        tokens: what is known beside the policy: advantages, mask, segments, old and sampling log-probabilities.
+        advantages: A. mask: bool. segments: the tokens' sequences.
+        old_logprobs, sampling_logprobs: as given, or None; NaN in the latter means not known.
+        config: the `LossConfig`, which is made from these records.
         noted: what the term noted.
     """
 
@@ -124,14 +186,13 @@ class TermInputs:
     log_w: Tensor
     ratio: Tensor
     importance: Tensor | None
-    tokens: Tokens
-    config: LossConfig
+    advantages: Tensor
+    mask: Tensor
+    segments: Segments
+    old_logprobs: Tensor | None
+    sampling_logprobs: Tensor | None
+    config: Any
     noted: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def advantages(self) -> Tensor:
-        """A."""
-        return self.tokens.advantages
 
     @property
     def capped_ratio(self) -> Tensor:
@@ -145,8 +206,7 @@ class TermInputs:
         Where the engine does not know (NaN), the current policy's: no evidence of a difference.
         """
         current = self.logprobs.detach()
-        old, sampling = self.tokens.old_logprobs, self.tokens.sampling_logprobs
-        behaviour = old if sampling is None else sampling
+        behaviour = self.old_logprobs if self.sampling_logprobs is None else self.sampling_logprobs
         return current if behaviour is None else torch.where(behaviour.isnan(), current, behaviour)
 
     def note(self, name: str, values: Tensor) -> None:
@@ -194,8 +254,8 @@ def vespo_term(c: TermInputs) -> Tensor:
         terms = clamp(c.log_ratio, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         if c.importance is not None:
             terms = terms + clamp(c.importance.log(), LOG_RATIO_FLOOR, LOG_RATIO_LIMIT)
-        total = c.tokens.segments.sum(torch.where(c.tokens.mask, terms, 0.0))
-        log_w = clamp(c.tokens.segments.spread(total), LOG_RATIO_FLOOR, LOG_RATIO_LIMIT)
+        total = c.segments.sum(torch.where(c.mask, terms, 0.0))
+        log_w = clamp(c.segments.spread(total), LOG_RATIO_FLOOR, LOG_RATIO_LIMIT)
         positive = c.advantages >= 0
         k = _choose(positive, c.config.vespo_k_pos, c.config.vespo_k_neg, log_w)
         rate = clamp(_choose(positive, c.config.vespo_lambda_pos, c.config.vespo_lambda_neg, log_w), low=1e-4)
@@ -209,7 +269,7 @@ def gmpo_term(c: TermInputs) -> Tensor:
     # The geometric mean of the ratios belongs to the sequence; each token carries it with weight 1 / L_s.
     upper = clamp(c.log_ratio, high=math.log1p(c.config.upper_epsilon))
     lower = clamp(c.log_ratio, low=math.log1p(-c.config.epsilon) if c.config.epsilon < 1 else None)
-    segments, mask = c.tokens.segments, c.tokens.mask
+    segments, mask = c.segments, c.mask
     sequence_advantage = segments.spread(segments.mean(c.advantages, mask))
     clipped = torch.where(sequence_advantage > 0, upper, torch.where(sequence_advantage < 0, lower, c.log_ratio))
     return -sequence_advantage * segments.spread(segments.mean(clipped, mask)).exp()
@@ -396,83 +456,6 @@ _RECORDS = (
     ),
 )
 LOSSES: dict[str, Loss] = {loss.name: loss for loss in _RECORDS}
-"""The losses by name; `register_loss` adds to it."""
+"""The losses by name; `config.register_loss` adds to it."""
 LOSS_TYPES: tuple[LossName, ...] = get_args(LossName)
 assert tuple(LOSSES) == LOSS_TYPES, "LossName and LOSSES hold different names"
-
-
-# -- from outside -----------------------------------------------------------------------------------------------------
-
-
-def register_loss(loss: Loss) -> RegisteredLoss:
-    """Add a loss: `LossConfig(loss_type=register_loss(loss))`, with `parameters={...}` for its own.
-
-    Every process that uses it registers it. Without a `kernel`, row kernels compute log-probabilities and gradients,
-    and torch the objective between them.
-
-    Returns:
-        Its name.
-
-    Raises:
-        ValueError: a field is malformed, or the name is taken.
-    """
-    _check(loss)
-    LOSSES[loss.name] = loss
-    return RegisteredLoss(loss.name)
-
-
-def _check(loss: Loss) -> None:
-    """Raise ValueError if a field holds what it may not."""
-    from grpo_fast.config import (  # config reads this table
-        BUILT_IN,
-        DEFAULTS,
-        LossConfig,
-        check_parameter,
-        require_choice,
-    )
-
-    if not isinstance(loss, Loss):
-        raise ValueError(f"loss: expected a Loss; got {type(loss).__name__}")
-    if LOSSES.get(loss.name, loss) is not loss:
-        raise ValueError(f"name: expected one that is not taken ({', '.join(LOSSES)}); got {loss.name!r}")
-    if not callable(loss.term):
-        raise ValueError(f"term: expected a function of TermInputs; got {loss.term!r}")
-    for name in ("formula", "when", "paper"):
-        text = getattr(loss, name)
-        if not isinstance(text, str) or not text.strip() or "\n" in text:
-            raise ValueError(f"{name}: expected one line of text; got {text!r}")
-    containers = {"reads": tuple, "importance_sampling_modes": tuple, "parameters": tuple, "requires": Mapping}
-    for name, kind in (containers | {"metrics": Mapping}).items():
-        if not isinstance(getattr(loss, name), kind):
-            raise ValueError(f"{name}: expected a {kind.__name__}; got {getattr(loss, name)!r}")
-    options = tuple(LossConfig.__dataclass_fields__)
-    for name, values, choices in (
-        ("aggregation", [loss.aggregation], get_args(Aggregation)),
-        ("reads", loss.reads, get_args(Quantity)),
-        ("couples", [loss.couples], get_args(Coupling)),
-        ("requires", loss.requires, options),
-        ("importance_sampling_modes", loss.importance_sampling_modes, IMPORTANCE_SAMPLING_MODES),
-        ("clip", [loss.clip], get_args(Clip)),
-        ("metrics", loss.metrics.values(), get_args(Mean)),
-        ("kernel", [] if loss.kernel is None else [loss.kernel], get_args(Kernel)),
-    ):
-        for value in values:
-            require_choice(name, value, choices)
-    for p in loss.parameters:
-        if not isinstance(p, Parameter):
-            raise ValueError(f"parameters: expected a tuple of Parameter; got {p!r} in it")
-        check_parameter(p, p.default)
-        if p.name in options and p not in BUILT_IN:
-            raise ValueError(f"parameters: expected names that are no options of LossConfig; got {p.name!r}")
-    for name in (loss.name, *(p.name for p in loss.parameters)):
-        if not isinstance(name, str) or not name.isidentifier():
-            raise ValueError(f"name: expected an identifier; got {name!r}")
-    for name in loss.metrics:
-        if not name.startswith(f"{loss.name}/"):
-            raise ValueError(f"metrics: expected names that begin with {loss.name}/; got {name!r}")
-    if loss.kernel is not None and loss.couples != "nothing":
-        raise ValueError(f"kernel: expected None, as device terms see one token and it couples; got {loss.kernel!r}")
-    if loss.aggregation == "constant_length" and "max_completion_length" not in loss.requires:
-        raise ValueError("requires: expected max_completion_length, as constant_length divides by it")
-    if loss.beside_advantage is not None:
-        require_choice("beside_advantage", loss.beside_advantage, (*(p.name for p in loss.parameters), *DEFAULTS))

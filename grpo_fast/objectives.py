@@ -23,71 +23,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.config import LossConfig
-from grpo_fast.losses import TermInputs, clamp
-
-
-class Segments:
-    """Which sequence each packed token belongs to, with the reductions that need to know.
-
-    Args:
-        cu_seqlens: `[S+1]` integers on the tokens' device; sequence s is tokens `cu_seqlens[s]:cu_seqlens[s+1]`.
-        num_tokens: T.
-
-    Attributes:
-        lengths: tokens per sequence, `[S]` int64.
-        index: the sequence of each token, `[T]` int64. Both are computed when first asked for.
-    """
-
-    def __init__(self, cu_seqlens: Tensor, num_tokens: int) -> None:
-        self.cu_seqlens = cu_seqlens.to(torch.int64)
-        self.num_tokens = num_tokens
-        self.num_sequences = cu_seqlens.numel() - 1
-        self._lengths: Tensor | None = None
-        self._index: Tensor | None = None
-
-    @property
-    def lengths(self) -> Tensor:
-        if self._lengths is None:
-            self._lengths = self.cu_seqlens[1:] - self.cu_seqlens[:-1]
-        return self._lengths
-
-    @property
-    def index(self) -> Tensor:
-        if self._index is None:
-            numbers = torch.arange(self.num_sequences, device=self.cu_seqlens.device)
-            self._index = torch.repeat_interleave(numbers, self.lengths, output_size=self.num_tokens)
-        return self._index
-
-    def sum(self, values: Tensor) -> Tensor:
-        """Sum of `values` `[T]` over each sequence, `[S]`; accumulated in float64, 0 for empty sequences."""
-        dtype = values.dtype if values.is_floating_point() else torch.int64
-        if self.num_sequences == 0:
-            return values.to(dtype)  # empty, and still on the graph
-        total = torch.segment_reduce(values.double(), "sum", lengths=self.lengths, initial=0.0, unsafe=True)
-        return total.to(dtype)
-
-    def spread(self, values: Tensor) -> Tensor:
-        """Give each token its sequence's value: `[S]` to `[T]`."""
-        return _Spread.apply(values, self.index, self.lengths)  # type: ignore[no-any-return]
-
-    def mean(self, values: Tensor, mask: Tensor) -> Tensor:
-        """Mean of `values` `[T]` over the unmasked tokens of each sequence, `[S]`; 0 where there is none."""
-        return self.sum(torch.where(mask, values, 0.0)) / self.sum(mask).clamp(min=1)
-
-
-class _Spread(torch.autograd.Function):
-    """`values[index]`, whose backward is a segment sum: an indexed add would be atomic, so not repeatable, on a GPU."""
-
-    @staticmethod
-    def forward(ctx, values: Tensor, index: Tensor, lengths: Tensor) -> Tensor:  # type: ignore[override]
-        ctx.save_for_backward(lengths)
-        return values[index]
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        (lengths,) = ctx.saved_tensors
-        total = torch.segment_reduce(grad.double(), "sum", lengths=lengths, initial=0.0, unsafe=True)
-        return total.to(grad.dtype), None, None
+from grpo_fast.losses import Segments, TermInputs, clamp
 
 
 @dataclass
@@ -348,7 +284,8 @@ def objective(logprobs: Tensor, entropy: Tensor | None, tokens: Tokens, config: 
     ratio = log_w.exp()
     importance = importance_weight(old.detach(), tokens, config) if tokens.importance is None else tokens.importance
     record = config.record
-    inputs = TermInputs(logprobs, log_ratio, log_w, ratio, importance, tokens, config)
+    of_tokens = (tokens.advantages, tokens.mask, tokens.segments, tokens.old_logprobs, tokens.sampling_logprobs)
+    inputs = TermInputs(logprobs, log_ratio, log_w, ratio, importance, *of_tokens, config)
 
     policy = record.term(inputs)
     if policy.shape != logprobs.shape or inputs.noted.keys() != record.metrics.keys():

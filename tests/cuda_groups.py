@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from grpo_fast.config import LossConfig
-from grpo_fast.objectives import Segments, token_weights
+from grpo_fast.losses import Segments
+from grpo_fast.objectives import token_weights
 from tests.cases import Case, rel_rms
 
 AGGREGATIONS = {"grpo": "sequence_mean", "luspo": "sequence_sum", "dapo": "token_mean"}

@@ -15,7 +15,8 @@ from torch import Tensor
 from grpo_fast import reference
 from grpo_fast.config import LOSS_TYPES
 from grpo_fast.loss import LossConfig, grpo_loss
-from grpo_fast.objectives import Segments, Tokens, clamp, objective
+from grpo_fast.losses import Segments
+from grpo_fast.objectives import Tokens, clamp, objective
 from grpo_fast.reference import reference_loss
 from tests.cases import BACKENDS, make_case, rel_rms
 

@@ -28,7 +28,8 @@ from grpo_fast.backends.base import (
 from grpo_fast.backends.cuda import CudaBackend
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.loss import grpo_loss, token_logprobs
-from grpo_fast.objectives import Segments, Tokens
+from grpo_fast.losses import Segments
+from grpo_fast.objectives import Tokens
 from tests.cases import OBJECTIVES, assert_close, make_case, rel_rms
 from tests.cuda_groups import check_token_rows
 from tests.test_csrc import CSRC, WARNINGS, compiler, load_module

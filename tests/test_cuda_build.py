@@ -25,7 +25,8 @@ from grpo_fast.backends.base import ObjectiveResults, RowChunk, RowObjective, Ro
 from grpo_fast.backends.cuda import CudaBackend
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.kernels.parameters import PARAMETERS
-from grpo_fast.objectives import Segments, Tokens
+from grpo_fast.losses import Segments
+from grpo_fast.objectives import Tokens
 from tests.cards import CARD, card
 from tests.test_csrc import CSRC, compiler, load_module
 

@@ -19,7 +19,8 @@ from grpo_fast.backends import cuda as cuda_backend
 from grpo_fast.backends.base import Backend, NativeRows, RowChunk, RowObjective, RowSlopes, Transform, get_backend
 from grpo_fast.backends.cuda import CudaBackend
 from grpo_fast.config import HeadConfig, LossConfig
-from grpo_fast.objectives import Segments, Tokens
+from grpo_fast.losses import Segments
+from grpo_fast.objectives import Tokens
 from tests.cases import make_case, rel_rms
 from tests.cuda_groups import check_token_rows
 from tests.test_cuda_backend import emulated  # noqa: F401 - a fixture

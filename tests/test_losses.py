@@ -18,9 +18,18 @@ from torch import Tensor
 import grpo_fast
 from grpo_fast import Loss, LossConfig, Parameter, TermInputs, grpo_loss, policy_loss, register_loss
 from grpo_fast.loss_page import documentation
-from grpo_fast.losses import CLIP_METRICS, IMPORTANCE_SAMPLING_MODES, LOSS_TYPES, LOSSES, Coupling, Kernel, _check
+from grpo_fast.losses import (
+    CLIP_METRICS,
+    IMPORTANCE_SAMPLING_MODES,
+    LOSS_TYPES,
+    LOSSES,
+    Coupling,
+    Kernel,
+    Segments,
+    _check,
+)
 from grpo_fast.metrics import Metrics
-from grpo_fast.objectives import Segments, Tokens, objective, slope_beside_advantage
+from grpo_fast.objectives import Tokens, objective, slope_beside_advantage
 from grpo_fast.ops.call import workspace_for
 from tests.cases import BACKENDS, Case, assert_close, make_case, objective_kwargs
 from tests.test_loss import oracle, run
@@ -256,7 +265,7 @@ def hinge(**changes: Any) -> Loss:
 def geometric_term(c: TermInputs) -> Tensor:
     """Coupled: -A exp(mean over the sequence of r)."""
     c.note("geometric/ratio", c.ratio)
-    return -c.advantages * c.tokens.segments.spread(c.tokens.segments.mean(c.log_ratio, c.tokens.mask)).exp()
+    return -c.advantages * c.segments.spread(c.segments.mean(c.log_ratio, c.mask)).exp()
 
 
 def geometric() -> Loss:

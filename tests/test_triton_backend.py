@@ -14,7 +14,8 @@ from grpo_fast.backends.base import _kernel_objective, get_backend, kernel_objec
 from grpo_fast.backends.triton import _objective
 from grpo_fast.config import LossConfig
 from grpo_fast.inputs import token_inputs
-from grpo_fast.objectives import Segments, Tokens
+from grpo_fast.losses import Segments
+from grpo_fast.objectives import Tokens
 from grpo_fast.ops.call import default_workspace_bytes, row_budget, tuning
 
 GPU = torch.device("cuda", 0)

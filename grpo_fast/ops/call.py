@@ -38,7 +38,8 @@ from torch import Tensor
 from grpo_fast.backends.base import Backend, Transform, get_backend
 from grpo_fast.backends.devices import TRAITS
 from grpo_fast.config import HeadConfig
-from grpo_fast.objectives import Scope, Segments
+from grpo_fast.losses import Segments
+from grpo_fast.objectives import Scope
 
 logger = logging.getLogger("grpo_fast")
 

@@ -26,7 +26,8 @@ from benchmarks.gpu.parts import Context, Task
 from benchmarks.gpu.step import objective_rows_of, statistics_of
 from grpo_fast.backends.base import RowChunk, RowObjective, RowSlopes, Transform, get_backend
 from grpo_fast.config import HeadConfig, LossConfig
-from grpo_fast.objectives import Segments, Tokens
+from grpo_fast.losses import Segments
+from grpo_fast.objectives import Tokens
 
 BYTES = {"statistics": (4, 0), "gradient": (4, 2), "objective": (4, 2)}
 BOUNDS = {"logprobs": 1e-4, "entropy": 1e-4, "gradient": 4e-3, "objective": 4e-3}
