@@ -40,7 +40,7 @@ class Mutant:
 
 MUTANTS = (
     # Five that 884 tests once let through together.
-    Mutant("idle-rows-of-later-chunks", "grpo_fast/ops/gradients.py", "kept + index.start if", "kept if"),
+    Mutant("idle-rows-of-later-chunks", "grpo_fast/ops/passes.py", "kept + index.start if", "kept if"),
     Mutant(
         "temperature-of-first-chunk",
         "grpo_fast/backends/base.py",
@@ -133,14 +133,14 @@ MUTANTS = (
     # Rows.
     Mutant(
         "vespo-rows-of-zero-weight",
-        "grpo_fast/rows.py",
+        "grpo_fast/inputs.py",
         'is not None and "importance" not in config.record.reads:',
         "is not None:",
         MANY,
     ),
     Mutant(
         "half-a-sequence",
-        "grpo_fast/rows.py",
+        "grpo_fast/inputs.py",
         "spread(tokens.segments.sum(live) > 0)",
         "spread(tokens.segments.sum(live) > 1)",
     ),
@@ -152,10 +152,10 @@ MUTANTS = (
         "bisect_right(ends, start), bisect_right",
         "bisect_left(ends, start), bisect_right",
     ),
-    Mutant("chunk-from-zero", "grpo_fast/ops/workspace.py", "call.rows[start:stop], out", "call.rows[:n], out"),
+    Mutant("chunk-from-zero", "grpo_fast/ops/passes.py", "call.rows[start:stop], out", "call.rows[:n], out"),
     Mutant(
         "float16-scale-not-removed-from-bias",
-        "grpo_fast/ops/gradients.py",
+        "grpo_fast/ops/passes.py",
         "unscaled(self.bias, self.scale)",
         "unscaled(self.bias, 1.0)",
     ),
@@ -175,12 +175,12 @@ MUTANTS = (
     Mutant("softcap-slope-without-temperature", "grpo_fast/backends/torch.py", "capped.mul_(temperature)", "pass"),
     Mutant(
         "resident-above-the-workspace",
-        "grpo_fast/ops/workspace.py",
+        "grpo_fast/ops/passes.py",
         "if stop + count - start > chunk_rows:",
         "if stop - start >= chunk_rows:",
     ),
     Mutant("main-grad-overwritten", "grpo_fast/ops/lean.py", "out if accumulate else None)", "None)"),
-    Mutant("upstream-ignored", "grpo_fast/ops/functions.py", "if unit:\n", "if True:\n"),
+    Mutant("upstream-ignored", "grpo_fast/ops/operators.py", "if unit:\n", "if True:\n"),
 )
 
 

@@ -36,7 +36,6 @@ from tests.test_loss import (  # noqa: F401
 )
 from tests.test_losses import _table, check_registered, test_the_device_term_is_the_records  # noqa: F401
 from tests.test_memory import run as run_and_spy
-from tests.test_memory import workspace_for
 
 LENGTHS = (7, 1, 9, 0, 5, 9)
 WORKSPACE = 2**27
@@ -165,7 +164,8 @@ def test_temperatures_by_row() -> None:
 def test_memory(plan: str, dtype: torch.dtype) -> None:
     """Logits, staged dx and all within the cap."""
     tokens, vocab = 192, 3001
-    workspace = workspace_for("triton", 60, 3072, dtype)
+    rows = 240 // (4 + dtype.itemsize)  # with dx beside them
+    workspace = planner.workspace_for("triton", 3072, dtype, torch.device("cpu"), rows)
     spy, rest = run_and_spy(plan, tokens, 16, vocab, dtype, workspace, sequences=12, backend="triton")
     assert spy.elements < tokens * vocab / 2
     assert spy.largest <= max(workspace, 4 * vocab * 16), spy.largest_shape
