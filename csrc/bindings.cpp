@@ -62,9 +62,9 @@ void bind_rows(py::module_& m) {
         row_objective(rows, objective, tokens, entropy_gradient, grad_scale, dtype, at<float>(logprobs),
                       at<float>(entropy), at<uint8_t>(live), launch_on(threads));
       },
-      Unlocked(), "rows"_a, "objective"_a, py::kw_only(), "advantages"_a, "weights"_a, "old_logprobs"_a, "ref_logprobs"_a,
-      "sampling_logprobs"_a, "importance"_a, "entropy_gradient"_a, "grad_scale"_a, "dtype"_a, "logprobs"_a, "entropy"_a,
-      "live"_a, "threads"_a);
+      Unlocked(), "rows"_a, "objective"_a, py::kw_only(), "advantages"_a, "weights"_a, "old_logprobs"_a,
+      "ref_logprobs"_a, "sampling_logprobs"_a, "importance"_a, "entropy_gradient"_a, "grad_scale"_a, "dtype"_a,
+      "logprobs"_a, "entropy"_a, "live"_a, "threads"_a);
 }
 
 template <typename Real>

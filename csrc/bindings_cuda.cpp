@@ -40,18 +40,18 @@ void bind_rows(py::module_& m) {
       "row_objective",
       [](const Rows& rows, const Objective& objective, Address advantages, Address weights, Address old_logprobs,
          Address ref_logprobs, Address sampling_logprobs, Address importance, Address entropy_gradient,
-         Address grad_scale, float grad_scale_value, Address dx, int64_t dx_stride, DType dtype, Address logprobs,
-         Address entropy, Address live, int device, Address stream) {
+         Address grad_scale, Address dx, int64_t dx_stride, DType dtype, Address logprobs, Address entropy,
+         Address live, int device, Address stream) {
         const TokenArrays tokens =
             token_arrays_at(advantages, weights, old_logprobs, ref_logprobs, sampling_logprobs, importance);
         row_objective_cuda(rows, objective, tokens, {at<const float>(entropy_gradient), 0.0f},
-                           {at<const float>(grad_scale), grad_scale_value}, {at<void>(dx), dx_stride, dtype},
+                           {at<const float>(grad_scale), 1.0f}, {at<void>(dx), dx_stride, dtype},
                            at<float>(logprobs), at<float>(entropy), at<uint8_t>(live), queue_of(device, stream));
       },
-      Unlocked(), "rows"_a, "objective"_a, py::kw_only(), "advantages"_a, "weights"_a, "old_logprobs"_a, "ref_logprobs"_a,
-      "sampling_logprobs"_a, "importance"_a, "entropy_gradient"_a, "grad_scale"_a, "grad_scale_value"_a, "dx"_a,
+      Unlocked(), "rows"_a, "objective"_a, py::kw_only(), "advantages"_a, "weights"_a, "old_logprobs"_a,
+      "ref_logprobs"_a, "sampling_logprobs"_a, "importance"_a, "entropy_gradient"_a, "grad_scale"_a, "dx"_a,
       "dx_stride"_a, "dtype"_a, "logprobs"_a, "entropy"_a, "live"_a, "device"_a, "stream"_a,
-      "entropy_gradient (0: zero) and grad_scale (0: grad_scale_value) are addresses of one float each.");
+      "entropy_gradient (address 0: zero) and grad_scale (address 0: one) are one float each.");
 }
 
 template <typename Real>

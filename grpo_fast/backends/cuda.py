@@ -97,7 +97,6 @@ class CudaBackend(TorchBackend):
             native_rows.native,
             native_objective(_cuda, kernel),
             **addresses(**kept),
-            grad_scale_value=1.0,
             **_dx(dx),
             **addresses(**results._asdict()),
             **_queue(rows.logits),
