@@ -12,19 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.gpu.step import objective_rows_of, statistics_of
 from grpo_fast.advantages import group_advantages
 from grpo_fast.backends import base as table
 from grpo_fast.backends import cuda as cuda_backend
-from grpo_fast.backends.base import (
-    RowChunk,
-    RowObjective,
-    RowSlopes,
-    Transform,
-    get_backend,
-    objective_rows_of,
-    resolve_backend,
-    statistics_of,
-)
+from grpo_fast.backends.base import RowChunk, RowObjective, RowSlopes, Transform, get_backend, resolve_backend
 from grpo_fast.backends.cuda import CudaBackend
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.loss import grpo_loss, token_logprobs

@@ -17,9 +17,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted kernels cannot be compiled", allow_module_level=True)
 
 from grpo_fast.advantages import group_advantages
-from grpo_fast.backends.groups import native_token_rows
 from grpo_fast.kernels import aot
 from grpo_fast.kernels.configuration import ARCHES, Configuration
+from grpo_fast.kernels.group_rows import token_rows
 from tests.cases import rel_rms
 
 CONFIGURATIONS = list(aot.configurations(["group_advantages", "group_rows"]))
@@ -85,29 +85,26 @@ def test_rows_on_the_device_and_in_a_graph(aggregation: str) -> None:
         gen.manual_seed(seed)
         advantages = torch.randn(60_000, generator=gen) * (torch.rand(60_000, generator=gen) < 0.6)
         batches.append((advantages, torch.rand(2**20, generator=gen) < 0.7))
-    options = {"num_tokens": 2**20, "aggregation": aggregation, "normalizer": None, "every_row": False}
-    options["backend"] = "triton"
-    static = [tensor.cuda() for tensor in batches[0]]
-    bounds = cu_seqlens.cuda()
-    native_token_rows(static[0], bounds, static[1], None, **options)  # compiles
+    static, bounds = [tensor.cuda() for tensor in batches[0]], cu_seqlens.cuda()
+    dtypes = {"weights": torch.float32, "token_advantages": torch.float32, "active": torch.bool, "rows": torch.int64}
+    out = {name: torch.empty(2**20, dtype=dtype, device="cuda") for name, dtype in dtypes.items()}
+    out["num_active"] = torch.empty((), dtype=torch.int64, device="cuda")
+    options = {"mask": static[1], "importance": None, "normalizer": None, "aggregation": aggregation}
+    token_rows(static[0], bounds, **options, every_row=False, **out)  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        actual = native_token_rows(static[0], bounds, static[1], None, **options)
-    assert actual is not None
-    assert actual.active is not None
-    assert actual.active.listed is not None
+        token_rows(static[0], bounds, **options, every_row=False, **out)
     for advantages, mask in batches:
         static[0].copy_(advantages)
         static[1].copy_(mask)
         graph.replay()
         spread = advantages.repeat_interleave(lengths) * mask
-        rows, count = actual.active.listed
-        assert torch.equal(actual.advantages.cpu(), spread)
-        assert torch.equal(actual.active.mask.cpu(), spread != 0)
-        assert torch.equal(rows[: int(count)].cpu(), spread.nonzero()[:, 0])
+        assert torch.equal(out["token_advantages"].cpu(), spread)
+        assert torch.equal(out["active"].cpu(), spread != 0)
+        assert torch.equal(out["rows"][: int(out["num_active"])].cpu(), spread.nonzero()[:, 0])
         inside = torch.zeros(60_000, dtype=torch.int64).index_add_(
             0, torch.arange(60_000).repeat_interleave(lengths), mask.long()
         )
         divisor = {"sequence_mean": 60_000 * inside.repeat_interleave(lengths), "sequence_sum": 60_000}
         expected = mask.double() / divisor.get(aggregation, mask.sum())
-        assert rel_rms(actual.weights, expected.nan_to_num(nan=0.0)) <= 1e-6
+        assert rel_rms(out["weights"], expected.nan_to_num(nan=0.0)) <= 1e-6
