@@ -11,6 +11,7 @@ To add a loss here: its name in `LossName`, a term, a record in `LOSSES`, its tw
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -92,7 +93,7 @@ class Loss:
     """What a token's term sees of others: `nothing`; its `sequence`, so that a bad token spoils all of it; or
     `clamped_sequence`, through clamped ratios, which only NaN passes."""
     beside_advantage: str | None
-    """The parameter of the part of the term that does not multiply the advantage. None: no advantage, no gradient."""
+    """The parameter that weighs what does not multiply the advantage. None: no advantage, no gradient."""
     requires: Mapping[str, str]
     """Options that may not be None: what their error says, in which `{name}` stands for another option's value."""
     importance_sampling_modes: tuple[CorrectionMode, ...]
@@ -423,13 +424,7 @@ def register_loss(loss: Loss) -> RegisteredLoss:
 
 def _check(loss: Loss) -> None:
     """Raise ValueError if a field holds what it may not."""
-    from grpo_fast.config import (  # config reads this table
-        BUILT_IN,
-        DEFAULTS,
-        LossConfig,
-        check_parameter,
-        require_choice,
-    )
+    from grpo_fast import config  # which reads this table
 
     if not isinstance(loss, Loss):
         raise ValueError(f"loss: expected a Loss; got {type(loss).__name__}")
@@ -445,7 +440,7 @@ def _check(loss: Loss) -> None:
     for name, kind in (containers | {"metrics": Mapping}).items():
         if not isinstance(getattr(loss, name), kind):
             raise ValueError(f"{name}: expected a {kind.__name__}; got {getattr(loss, name)!r}")
-    options = tuple(LossConfig.__dataclass_fields__)
+    options = tuple(config.LossConfig.__dataclass_fields__)
     for name, values, choices in (
         ("aggregation", [loss.aggregation], get_args(Aggregation)),
         ("reads", loss.reads, get_args(Quantity)),
@@ -457,16 +452,20 @@ def _check(loss: Loss) -> None:
         ("kernel", [] if loss.kernel is None else [loss.kernel], get_args(Kernel)),
     ):
         for value in values:
-            require_choice(name, value, choices)
+            config.require_choice(name, value, choices)
+    for reason in loss.requires.values():
+        if not isinstance(reason, str) or set(re.findall(r"{(.*?)}", reason)) - {*options}:
+            raise ValueError(f"requires: expected texts in which options stand in braces; got {reason!r}")
     for p in loss.parameters:
         if not isinstance(p, Parameter):
             raise ValueError(f"parameters: expected a tuple of Parameter; got {p!r} in it")
-        check_parameter(p, p.default)
-        if p.name in options and p not in BUILT_IN:
+        config.check_parameter(p, p.default)
+        if p.name in options and p not in config.BUILT_IN:
             raise ValueError(f"parameters: expected names that are no options of LossConfig; got {p.name!r}")
-    for name in (loss.name, *(p.name for p in loss.parameters)):
-        if not isinstance(name, str) or not name.isidentifier():
-            raise ValueError(f"name: expected an identifier; got {name!r}")
+    names = [p.name for p in loss.parameters]
+    for name in (loss.name, *names):
+        if not isinstance(name, str) or not name.isidentifier() or names.count(name) > 1:
+            raise ValueError(f"name: expected an identifier that stands for one thing; got {name!r}")
     for name in loss.metrics:
         if not name.startswith(f"{loss.name}/"):
             raise ValueError(f"metrics: expected names that begin with {loss.name}/; got {name!r}")
@@ -475,4 +474,4 @@ def _check(loss: Loss) -> None:
     if loss.aggregation == "constant_length" and "max_completion_length" not in loss.requires:
         raise ValueError("requires: expected max_completion_length, as constant_length divides by it")
     if loss.beside_advantage is not None:
-        require_choice("beside_advantage", loss.beside_advantage, (*(p.name for p in loss.parameters), *DEFAULTS))
+        config.require_choice("beside_advantage", loss.beside_advantage, tuple(names))
