@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -300,15 +301,19 @@ def _check(loss: Loss) -> None:
     ):
         for value in values:
             require_choice(name, value, choices)
+    for reason in loss.requires.values():
+        if not isinstance(reason, str) or set(re.findall(r"{(.*?)}", reason)) - {*options}:
+            raise ValueError(f"requires: expected texts in which options stand in braces; got {reason!r}")
     for p in loss.parameters:
         if not isinstance(p, Parameter):
             raise ValueError(f"parameters: expected a tuple of Parameter; got {p!r} in it")
         check_parameter(p, p.default)
         if p.name in options and p not in BUILT_IN:
             raise ValueError(f"parameters: expected names that are no options of LossConfig; got {p.name!r}")
-    for name in (loss.name, *(p.name for p in loss.parameters)):
-        if not isinstance(name, str) or not name.isidentifier():
-            raise ValueError(f"name: expected an identifier; got {name!r}")
+    names = [p.name for p in loss.parameters]
+    for name in (loss.name, *names):
+        if not isinstance(name, str) or not name.isidentifier() or names.count(name) > 1:
+            raise ValueError(f"name: expected an identifier that stands for one thing; got {name!r}")
     for name in loss.metrics:
         if not name.startswith(f"{loss.name}/"):
             raise ValueError(f"metrics: expected names that begin with {loss.name}/; got {name!r}")
@@ -317,4 +322,4 @@ def _check(loss: Loss) -> None:
     if loss.aggregation == "constant_length" and "max_completion_length" not in loss.requires:
         raise ValueError("requires: expected max_completion_length, as constant_length divides by it")
     if loss.beside_advantage is not None:
-        require_choice("beside_advantage", loss.beside_advantage, (*(p.name for p in loss.parameters), *DEFAULTS))
+        require_choice("beside_advantage", loss.beside_advantage, tuple(names))

@@ -37,19 +37,20 @@ multiply the term. To add one of your own: [adding-a-loss.md](adding-a-loss.md).
 
 def _section(loss: Loss) -> str:
     metrics = [*CLIP_METRICS[loss.clip], *(f"{name} (mean over {over})" for name, over in loss.metrics.items())]
-    lines = [
-        ("Term", f"`{loss.formula}`"),
-        ("Weight", _AGGREGATIONS[loss.aggregation]),
-        ("Couples", _COUPLINGS[loss.couples]),
-        *[("Reads", ", ".join(loss.reads))] * bool(loss.reads),
-        *[("Needs", ", ".join(loss.requires))] * bool(loss.requires),
-        *[("Metrics", ", ".join(metrics))] * bool(metrics),
-        *[("Corrections", ", ".join(loss.importance_sampling_modes) or "none")]
-        * (loss.importance_sampling_modes != IMPORTANCE_SAMPLING_MODES),
-        ("Kernel", loss.kernel or "none: torch between the row kernels"),
-        ("Paper", loss.paper),
-    ]
-    table = [f"- {name}: {text}" for name, text in lines]
+    lines = {
+        "Term": f"`{loss.formula}`",
+        "Weight": _AGGREGATIONS[loss.aggregation],
+        "Couples": _COUPLINGS[loss.couples],
+        "Reads": ", ".join(loss.reads),
+        "Needs": ", ".join(loss.requires),
+        "Corrections": ", ".join(loss.importance_sampling_modes) or "none",
+        "Metrics": ", ".join(metrics),
+        "Kernel": loss.kernel or "none: torch between the row kernels",
+        "Paper": loss.paper,
+    }
+    if loss.importance_sampling_modes == IMPORTANCE_SAMPLING_MODES:
+        del lines["Corrections"]
+    table = [f"- {name}: {text}" for name, text in lines.items() if text]
     if loss.parameters:
         table += ["", "| parameter | default | range | |", "|---|---|---|---|"]
         table += [f"| {p.name} | {p.default:g} | {_range(p)} | {p.doc} |" for p in loss.parameters]

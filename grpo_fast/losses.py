@@ -88,7 +88,7 @@ class Loss:
     """What a token's term sees of others: `nothing`; its `sequence`, so that a bad token spoils all of it; or
     `clamped_sequence`, through clamped ratios, which only NaN passes."""
     beside_advantage: str | None
-    """The parameter of the part of the term that does not multiply the advantage. None: no advantage, no gradient."""
+    """The parameter that weighs what does not multiply the advantage. None: no advantage, no gradient."""
     requires: Mapping[str, str]
     """Options that may not be None: what their error says, in which `{name}` stands for another option's value."""
     importance_sampling_modes: tuple[CorrectionMode, ...]

@@ -2,8 +2,7 @@
 
 Legend: T packed tokens, S sequences. p `logprobs` of the current policy, o `old_logprobs`, r = p - o, A `advantages`,
 w the ratio at the configured level, sg stop-gradient, m mask, L_s unmasked tokens of sequence s, C
-`max_completion_length`. All tensors are `[T]` float32 (float64 in, float64 out) unless said otherwise; logs are natural
-(nats).
+`max_completion_length`. All tensors are `[T]` float32 (float64 in, float64 out) unless said otherwise; logs are nats.
 
 The loss is  sum_t weight_t * term_t  -  entropy_coef * mean entropy.  The order within a term (TRL 1.16's): policy term
 (`grpo_fast.losses`) x off-policy mask x entropy mask x importance weight (unless the term reads it), then + beta * KL.
@@ -294,14 +293,13 @@ def objective(logprobs: Tensor, entropy: Tensor | None, tokens: Tokens, config: 
             f"got {list(policy.shape)} and {list(inputs.noted)}"
         )
     if config.off_policy_mask_threshold is not None:
-        behaviour = inputs.behaviour_logprobs
-        kept = off_policy_mask(logprobs.detach(), behaviour, tokens, config.off_policy_mask_threshold)
+        kept = off_policy_mask(logprobs.detach(), inputs.behaviour_logprobs, tokens, config.off_policy_mask_threshold)
         policy = torch.where(kept, policy, 0.0)
     bonus_mask, bonus_count = tokens.mask, tokens.bonus_count
     if config.top_entropy_quantile < 1.0:
         assert entropy is not None
-        quantile, group = config.top_entropy_quantile, tokens.quantile_group
-        bonus_mask = high_entropy_mask(entropy.detach(), tokens.mask, quantile, group)
+        quantile = config.top_entropy_quantile
+        bonus_mask = high_entropy_mask(entropy.detach(), tokens.mask, quantile, tokens.quantile_group)
         if not tokens.bonus_count_given:
             bonus_count = bonus_mask.sum().clamp(min=1)
         policy = torch.where(bonus_mask, policy, 0.0)
@@ -354,10 +352,9 @@ def default_normalizer(config: LossConfig, mask: Tensor, segments: Segments) -> 
 
 def sequence_share(config: LossConfig) -> int:
     """What one sequence adds to a denominator that counts sequences: 1, or C."""
-    if config.record.aggregation != "constant_length":
-        return 1
-    assert config.max_completion_length is not None
-    return config.max_completion_length
+    length = config.max_completion_length if config.record.aggregation == "constant_length" else 1
+    assert length is not None
+    return length
 
 
 def token_weights(

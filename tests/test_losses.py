@@ -320,7 +320,7 @@ def test_a_registered_loss_may_have_a_device_term() -> None:
     case = make_case(6)
     both = []
     for name, kernel in (("with_kernel", "sapo"), ("without", None)):
-        record = replace(LOSSES["sapo"], name=name, aggregation="sequence_sum", parameters=(), kernel=kernel)
+        record = replace(LOSSES["sapo"], name=name, aggregation="sequence_sum", kernel=kernel)
         config, leaves = LossConfig(loss_type=register_loss(record), sapo_temperature_pos=2.0), case.leaves()
         out = grpo_loss(
             leaves["hidden"], leaves["weight"], case.targets, case.advantages, config=config,
@@ -403,8 +403,8 @@ def test_parameters() -> None:
     ("changes", "message"),
     [
         ({"name": "dapo"}, "name: expected one that is not taken (grpo, "),
-        ({"name": "my loss"}, "name: expected an identifier; got 'my loss'"),
-        ({"name": 3}, "name: expected an identifier; got 3"),
+        ({"name": "my loss"}, "name: expected an identifier that stands for one thing; got 'my loss'"),
+        ({"name": 3}, "name: expected an identifier that stands for one thing; got 3"),
         ({"term": "-A p"}, "term: expected a function of TermInputs; got '-A p'"),
         ({"formula": ""}, "formula: expected one line of text; got ''"),
         ({"when": "a\nb"}, "when: expected one line of text; got"),
@@ -416,7 +416,16 @@ def test_parameters() -> None:
         ({"parameters": ("most",)}, "parameters: expected a tuple of Parameter; got 'most' in it"),
         ({"reads": ("entropy",)}, "reads: expected one of sampling_logprobs, importance; got 'entropy'"),
         ({"couples": "all"}, "couples: expected one of nothing, sequence, clamped_sequence; got 'all'"),
-        ({"beside_advantage": "tau"}, "beside_advantage: expected one of most, pull, "),
+        ({"beside_advantage": "tau"}, "beside_advantage: expected one of most, pull; got 'tau'"),
+        (
+            {"requires": {"delta": "needs {tau}"}},
+            "requires: expected texts in which options stand in braces",
+        ),
+        ({"requires": {"delta": None}}, "requires: expected texts in which options stand in braces; got None"),
+        (
+            {"parameters": (Parameter(name="t", default=1, doc=""),) * 2},
+            "name: expected an identifier that stands for one",
+        ),
         ({"requires": {"epsilon_higher": "?"}}, "requires: expected one of loss_type, "),
         ({"importance_sampling_modes": ("token",)}, "importance_sampling_modes: expected one of token_truncate, "),
         ({"clip": "both"}, "clip: expected one of none, two_sided, upper; got 'both'"),
@@ -428,7 +437,10 @@ def test_parameters() -> None:
             {"parameters": (Parameter(name="epsilon", default=0.1, doc=""),)},
             "parameters: expected names that are no options of LossConfig; got 'epsilon'",
         ),
-        ({"parameters": (Parameter(name="t-1", default=0.1, doc=""),)}, "name: expected an identifier; got 't-1'"),
+        (
+            {"parameters": (Parameter(name="t-1", default=0.1, doc=""),)},
+            "name: expected an identifier that stands for",
+        ),
         (
             {"parameters": (Parameter(name="t", default=-1, above=0, doc=""),)},
             "t: expected a finite number and > 0",
