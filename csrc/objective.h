@@ -8,7 +8,7 @@
 // The twin of grpo_fast/objectives.py for objectives whose tokens do not see each other: weights, masks and sums over
 // tokens are the caller's. A term is its formula over dual numbers, whose operations hold autograd's conventions.
 //
-// To add a token-local policy term: a function of `Terms` below, and its name in GRPO_FAST_POLICIES; likewise in
+// To add a token-local policy term: a function of `TermInputs` below, and its name in GRPO_FAST_POLICIES; likewise in
 // kernels/objective.py; numbers that it needs go to kernels/parameters.py.
 
 #pragma once
@@ -103,9 +103,9 @@ struct Dual {
   friend GRPO_FAST_INLINE Dual chain(Dual f, Real inner) { return {f.value, f.slope * inner}; }
 };
 
-// The policy terms of a token, and what they may use.
+// What a policy term may use, and the terms.
 template <typename Real>
-struct Terms {
+struct TermInputs {
   const Parameters& with;
   Real logprob, log_ratio, ratio, advantage;
   Real behaviour;  // logprob of the policy that sampled
@@ -179,12 +179,12 @@ template <typename Real>
 GRPO_FAST_INLINE Dual<Real> token_term(const Objective& objective, const Token<Real>& token) {
   const Real old = token.has_old ? token.old_logprob : token.logprob, log_ratio = token.logprob - old;
   const Real behaviour = token.has_sampling ? token.sampling_logprob : old;
-  const Terms<Real> terms{objective.parameters, token.logprob,   log_ratio,
-                          std::exp(log_ratio),  token.advantage, behaviour};
-  Dual<Real> term = terms.policy(objective.policy);
+  const TermInputs<Real> inputs{objective.parameters, token.logprob,   log_ratio,
+                                std::exp(log_ratio),  token.advantage, behaviour};
+  Dual<Real> term = inputs.policy(objective.policy);
   if (objective.correction != Correction::none) term = importance_weight(objective, token, old) * term;
   if (objective.kl == KlEstimator::none) return term;
-  const Dual<Real> kl = terms.kl(objective.kl, objective.kl_times_ratio, token.ref_logprob);
+  const Dual<Real> kl = inputs.kl(objective.kl, objective.kl_times_ratio, token.ref_logprob);
   return term + static_cast<Real>(objective.parameters.beta) * kl;
 }
 
