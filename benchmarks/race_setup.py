@@ -64,12 +64,14 @@ PAIRS: dict[str, str] = {
 """Our option -> TRL's: equal in a race."""
 
 NEUTRAL: dict[str, Any] = {
+    "plugins": [],
     "steps_per_generation": 1,
     "model.lora": None,
     "data.system_prompt": None,
     "rollout.max_prompt_length": None,
     "rollout.stop_strings": [],
     "loss.kl_estimator": "k3",
+    "loss.parameters": {},
     "loss.importance_sampling_mode": None,
 }
 """Options of ours that TRL lacks, has for vLLM alone or counts otherwise (`steps_per_generation`), at the value that it

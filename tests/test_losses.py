@@ -17,6 +17,7 @@ from torch import Tensor
 
 import grpo_fast
 from grpo_fast import Loss, LossConfig, Parameter, TermInputs, grpo_loss, policy_loss, register_loss
+from grpo_fast.config import _check
 from grpo_fast.loss_page import documentation
 from grpo_fast.losses import CLIP_METRICS, IMPORTANCE_SAMPLING_MODES, LOSS_TYPES, LOSSES, Coupling, Kernel, Segments
 from grpo_fast.metrics import Metrics

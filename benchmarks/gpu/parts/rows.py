@@ -57,7 +57,7 @@ def objective_of(logprobs: Tensor, config: LossConfig) -> RowObjective:
     mask = torch.ones(rows, dtype=torch.bool, device=device)
     segments = Segments(torch.tensor([0, rows], device=device), rows)
     tokens = Tokens(normal(), mask, segments, mask.sum(), old_logprobs=logprobs + OLD_DRIFT * normal())
-    return RowObjective(tokens, torch.full((rows,), 1 / rows, device=device), config, 1.0)
+    return RowObjective(tokens, torch.full((rows,), 1 / rows, device=device), config)
 
 
 def kernels(context: Context, backend: str, vocab: int, rows: int) -> dict[str, Any]:
