@@ -59,7 +59,7 @@ MUTANTS = (
     Mutant(
         "all-reduce-extremes-of-one-rank",
         "grpo_fast/metrics.py",
-        "[sums, -extremes[: len(_MINS)], extremes[len(_MINS) :]]",
+        "[sums, -extremes[:num_mins], extremes[num_mins:]]",
         "[sums, mins, maxs]",
         RANKS,
     ),
@@ -67,8 +67,8 @@ MUTANTS = (
     Mutant(
         "merge-means-of-losses",
         "grpo_fast/metrics.py",
-        'value * count.clamp(min=1), "terms_count"',
-        'value, "terms_count"',
+        "(value * count.clamp(min=1), count)",
+        "(value, count)",
     ),
     Mutant(
         "clip-ratio-before-delta",
@@ -88,7 +88,12 @@ MUTANTS = (
         "entropy, terms.policy, terms.ratio, tokens.advantages]",
         "entropy]",
     ),
-    Mutant("kl-over-computed", "grpo_fast/metrics.py", 'mean("approx_kl", "computed")', 'mean("approx_kl", "tokens")'),
+    Mutant(
+        "kl-over-computed",
+        "grpo_fast/metrics.py",
+        "expand_as(logprobs), computed), num_computed)",
+        "expand_as(logprobs), computed), num_tokens)",
+    ),
     # Objectives and aggregation.
     Mutant("quantile-rounds-down", "grpo_fast/objectives.py", "position.ceil()", "position.floor()"),
     Mutant(

@@ -16,6 +16,7 @@ from grpo_fast.config import LossConfig
 from grpo_fast.inputs import token_inputs
 from grpo_fast.losses import Segments
 from grpo_fast.objectives import Tokens
+from grpo_fast.ops import operators
 from grpo_fast.ops.call import default_workspace_bytes, row_budget, tuning
 
 GPU = torch.device("cuda", 0)
@@ -115,8 +116,8 @@ def test_objectives_kept_for_kernels_are_few() -> None:
 
 def test_operators_stay_out_of_cuda_graphs() -> None:
     """A6: under torch.compile(mode="reduce-overhead") they may wait for the device."""
-    for name in ("forward", "backward", "objective"):
-        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.grpo_fast, name).default.tags
+    for operator in (operators.forward_op, operators.backward_op, operators.objective_op):
+        assert torch.Tag.cudagraph_unsafe in operator._opoverload.tags
 
 
 def test_reasons(gpu: pytest.MonkeyPatch) -> None:
