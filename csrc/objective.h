@@ -5,7 +5,7 @@
 //
 //     term = importance * policy(p) + beta * kl(p)
 //
-// The twin of grpo_fast/objectives.py for objectives whose tokens do not see each other: weights, masks and sums over
+// The twin of grpo_fast/losses.py for objectives whose tokens do not see each other: weights, masks and sums over
 // tokens are the caller's. A term is its formula over dual numbers, whose operations hold autograd's conventions.
 //
 // To add a token-local policy term: a function of `TermInputs` below, and its name in GRPO_FAST_POLICIES; likewise in

@@ -5,7 +5,7 @@ rollout engine's logprob. Logs are natural (nats).
 
     term = importance * policy(p) + beta * kl(p)
 
-The twin of csrc/objective.h and grpo_fast/objectives.py, for objectives whose tokens do not see each other; metrics are
+The twin of csrc/objective.h and grpo_fast/losses.py, for objectives whose tokens do not see each other; metrics are
 O(T) and left to the latter. A term is its formula over dual numbers, (value, slope) pairs whose operations hold
 autograd's conventions.
 

@@ -8,10 +8,10 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from grpo_fast.ops import operators as functions
+from grpo_fast.ops import operators
 
 OPERATORS = {
-    op._opoverload: op._init_fn for op in (functions.forward_op, functions.backward_op, functions.objective_op)
+    op._opoverload: op._init_fn for op in (operators.forward_op, operators.backward_op, operators.objective_op)
 }
 
 

@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from grpo_fast.backends.base import get_backend
-from grpo_fast.ops import call as planner
+from grpo_fast.ops.call import tuning
 from tests.cases import INTERPRETED
 from tests.stand_in import stand_in
 
@@ -35,7 +35,7 @@ class Place:
 
     @contextmanager
     def on(self, *, tile_rows: int | None = None, row_stream: bool | None = None) -> Iterator[Waits]:
-        """What is inside runs on the device; yields who waited there. Arguments: of `planner.tuning`."""
+        """What is inside runs on the device; yields who waited there. Arguments: of `call.tuning`."""
         waits = Waits([])
         if self.stand_in:
             with stand_in(tile_rows=tile_rows, row_stream=bool(row_stream)) as device:
@@ -46,7 +46,7 @@ class Place:
         torch.cuda.set_sync_debug_mode("warn")
         try:
             with (
-                planner.tuning(tile_rows=tile_rows, row_stream=row_stream),
+                tuning(tile_rows=tile_rows, row_stream=row_stream),
                 warnings.catch_warnings(record=True) as seen,
             ):
                 warnings.simplefilter("always")

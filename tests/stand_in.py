@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from grpo_fast.backends import devices
-from grpo_fast.ops import call as planner
+from grpo_fast.ops.call import tuning
 from tests.allocations import OPERATORS
 from tests.cases import INTERPRETED
 
@@ -281,7 +281,7 @@ def stand_in(*, row_stream: bool = False, tile_rows: int | None = None, memory: 
     """CPU tensors are a GPU's while this lasts.
 
     Args:
-        row_stream, tile_rows: as in `planner.tuning`. memory: bytes that the card has.
+        row_stream, tile_rows: as in `call.tuning`. memory: bytes that the card has.
     """
     device = StandIn()
     before = devices.TRAITS["cpu"]
@@ -295,7 +295,7 @@ def stand_in(*, row_stream: bool = False, tile_rows: int | None = None, memory: 
     patch = pytest.MonkeyPatch()
     _hear_launches(patch, device)
     try:
-        with planner.tuning(tile_rows=tile_rows, row_stream=row_stream), device:
+        with tuning(tile_rows=tile_rows, row_stream=row_stream), device:
             yield device
     finally:
         devices.TRAITS["cpu"] = before

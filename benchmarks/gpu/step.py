@@ -54,7 +54,7 @@ class Step:
     """A contender.
 
     Attributes:
-        options: of the loss: `workspace_bytes`, `plan`. around: opens a context for each run (`planner.tuning`).
+        options: of the loss: `workspace_bytes`, `plan`. around: opens a context for each run (`call.tuning`).
         facts: what `prepare` found: errors, peak_bytes, bound_bytes, budget.
     """
 

@@ -1,1 +1,1 @@
-"""The engine room: execution plans, the backends' row functions and GEMMs, and their autograd wrapping."""
+"""The engine room: one call of the LM head: its plan, its passes over chunks of rows, and what autograd sees of it."""

@@ -365,15 +365,13 @@ class GradientSink:
         """The gradients in the inputs' dtypes; the weight's is None if `main_grad` took it."""
         call, weight, main_grad = self.call, self.weight, self.want.main_grad
         bias = None if self.bias is None else unscaled(self.bias, self.scale).to(call.grad_dtype)
-        if self.want.weight and weight is None and main_grad is None:  # no rows at all
-            weight = call.weight.new_zeros(call.weight.shape, dtype=call.grad_dtype)
-        elif weight is not None and weight is not main_grad:
+        if weight is not None and weight is not main_grad:
             weight = unscaled(weight, self.scale)
-        if main_grad is not None:
-            if weight is not None and weight is not main_grad:
+            if main_grad is not None:
                 main_grad.add_(weight)
-            weight = None
-        return Gradients(self.hidden, weight, bias)
+        elif self.want.weight and main_grad is None:  # no rows at all
+            weight = call.weight.new_zeros(call.weight.shape, dtype=call.grad_dtype)
+        return Gradients(self.hidden, None if main_grad is not None else weight, bias)
 
 
 def unscaled(values: Tensor, scale: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.loss import token_logprobs
-from grpo_fast.ops import call as planner
+from grpo_fast.ops import call
 from tests.cases import OBJECTIVES, TOLERANCES, assert_close, make_case
 from tests.test_edges import (  # noqa: F401
     check_first_step_ratio,
@@ -165,7 +165,7 @@ def test_memory(plan: str, dtype: torch.dtype) -> None:
     """Logits, staged dx and all within the cap."""
     tokens, vocab = 192, 3001
     rows = 240 // (4 + dtype.itemsize)  # with dx beside them
-    workspace = planner.workspace_for("triton", 3072, dtype, torch.device("cpu"), rows)
+    workspace = call.workspace_for("triton", 3072, dtype, torch.device("cpu"), rows)
     spy, rest = run_and_spy(plan, tokens, 16, vocab, dtype, workspace, sequences=12, backend="triton")
     assert spy.elements < tokens * vocab / 2
     assert spy.largest <= max(workspace, 4 * vocab * 16), spy.largest_shape
@@ -175,8 +175,8 @@ def test_memory(plan: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("plan", ["single_pass", "recompute", "frozen_head"])
 def test_staged_chunks_with_two_buffers_are_exact(plan: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Many chunks of several tiles each, tiles in turn in two buffers, the last of everything ragged."""
-    budget = planner.RowBudget(tile_rows=8, chunk_rows=16, staged_rows=24, num_buffers=2)
-    monkeypatch.setattr(planner, "row_budget", lambda *args: budget)
+    budget = call.RowBudget(tile_rows=8, chunk_rows=16, staged_rows=24, num_buffers=2)
+    monkeypatch.setattr(call, "row_budget", lambda *args: budget)
     config = LossConfig(entropy_coef=0.0 if plan == "frozen_head" else 0.02)
     case = make_case(5, lengths=(20, 3, 31, 0, 12), vocab=301, zero_advantages=0.2)
     expected, gradients = oracle(case, config)

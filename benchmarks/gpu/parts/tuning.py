@@ -14,7 +14,7 @@ from benchmarks.cases import Model
 from benchmarks.gpu.exact import Exact
 from benchmarks.gpu.parts import Context, Task
 from benchmarks.gpu.step import Step, batch_of, failures, gemm_entries, results, variant
-from grpo_fast.ops import call as planner
+from grpo_fast.ops.call import tuning
 
 STREAMS = {"one stream": False, "two streams": True}
 
@@ -32,7 +32,7 @@ def _task(context: Context, model: Model, backend: str, scenario: str) -> Callab
 
 
 def _tuned(rows: int, row_stream: bool) -> Callable[[], AbstractContextManager[Any]]:
-    return lambda: planner.tuning(tile_rows=rows, row_stream=row_stream)
+    return lambda: tuning(tile_rows=rows, row_stream=row_stream)
 
 
 def settings(context: Context, model: Model, backend: str, scenario: str) -> dict[str, Any]:
