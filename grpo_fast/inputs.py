@@ -22,6 +22,7 @@ from grpo_fast.backends.devices import TRAITS
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.head import Head
 from grpo_fast.objectives import (
+    Scope,
     Segments,
     Tokens,
     aggregation_name,
@@ -249,6 +250,7 @@ class TokenInputs:
         tokens: with `mask` True at every token that carries loss.
         weights: `[T]` weight of each token's term in the loss.
         active: the rows to compute, or None for all.
+        scope: whose log-probabilities a row's slopes depend on.
         token_advantages: whether advantages came one a token.
         normalizer_given: whether the caller replaced the loss type's denominator.
     """
@@ -256,6 +258,7 @@ class TokenInputs:
     tokens: Tokens
     weights: Tensor
     active: ActiveRows | None
+    scope: Scope
     token_advantages: bool
     normalizer_given: bool
 
@@ -335,10 +338,11 @@ def token_inputs(
     if tokens.old_logprobs is not None:
         tokens.importance = importance_weight(tokens.old_logprobs, tokens, config)
     backend = resolve_backend("auto", device) if backend is None else backend
+    scope = slope_scope(config, has_old=tokens.old_logprobs is not None)
     weights, tokens.advantages, active = token_rows(
-        tokens, config, normalizer, masked=masked, per_token=per_token, backend=backend
+        tokens, config, normalizer, scope, masked=masked, per_token=per_token, backend=backend
     )
-    return TokenInputs(tokens, weights, active, per_token, normalizer is not None)
+    return TokenInputs(tokens, weights, active, scope, per_token, normalizer is not None)
 
 
 def _segments(cu_seqlens: Tensor | None, shape: tuple[int, ...], device: torch.device) -> Segments:
@@ -425,6 +429,7 @@ def token_rows(
     tokens: Tokens,
     config: LossConfig,
     normalizer: Tensor | float | None,
+    scope: Scope,
     *,
     masked: bool,
     per_token: bool,
@@ -444,9 +449,10 @@ def token_rows(
     """
     advantages, mask, segments = tokens.advantages, tokens.mask, tokens.segments
     every_row = needs_every_row(config)
-    coupled = slope_scope(config, has_old=tokens.old_logprobs is not None) != "row"
     ambiguous = per_token and segments.num_sequences == segments.num_tokens  # native code goes by sizes
-    native = None if coupled or ambiguous or not segments.num_tokens else group_functions(advantages, backend)
+    native = None
+    if scope == "row" and segments.num_tokens and not ambiguous:
+        native = group_functions(advantages, backend)
     if native is not None:
         if normalizer is None and config.record.aggregation == "constant_length":
             normalizer = default_normalizer(config, mask, segments).clamp(min=1)
@@ -473,17 +479,17 @@ def token_rows(
     else:
         spread = torch.where(mask, advantages if per_token else segments.spread(advantages), 0.0)
         weights = token_weights(config, mask, segments, normalizer, spread.dtype)
-        active = ActiveRows(_active_mask(tokens, spread, config, every_row=every_row, coupled=coupled))
+        active = ActiveRows(_active_mask(tokens, spread, config, every_row=every_row, scope=scope))
     return weights, spread, active if masked or not every_row else None
 
 
-def _active_mask(tokens: Tokens, advantages: Tensor, config: LossConfig, *, every_row: bool, coupled: bool) -> Tensor:
+def _active_mask(tokens: Tokens, advantages: Tensor, config: LossConfig, *, every_row: bool, scope: Scope) -> Tensor:
     """The rows to compute, `[T]` bool."""
     if every_row:
         return tokens.mask
     live = tokens.mask & (advantages != 0)
     if tokens.importance is not None and "importance" not in config.record.reads:
         live = live & (tokens.importance != 0)
-    if coupled:
+    if scope != "row":
         live = tokens.mask & tokens.segments.spread(tokens.segments.sum(live) > 0)
     return live

@@ -36,7 +36,7 @@ from grpo_fast.inputs import (
     token_mask,
 )
 from grpo_fast.metrics import Metrics, collect_metrics
-from grpo_fast.objectives import Terms, objective, slope_scope, total_loss
+from grpo_fast.objectives import Terms, objective, total_loss
 from grpo_fast.ops.call import ActiveRows, HeadCall, PlanName
 from grpo_fast.ops.operators import head_logprobs, head_objective, with_gradients
 
@@ -251,8 +251,7 @@ def grpo_loss(
     tokens, weights = inputs.tokens, inputs.weights
     check_target_range(targets.reshape(-1), tokens.mask, weight.shape[0])
     call = HeadCall.of(hidden, weight, bias, targets, scale, head, inputs.active, engine, workspace_bytes)
-    scope = slope_scope(config, has_old=old_logprobs is not None)
-    row_counts = None
+    scope, row_counts = inputs.scope, None
     if scope == "sequence" and plan in ("auto", "resident"):
         row_counts = call.rows_of_sequences(tokens.segments, tokens.mask)
     call = call.planned(plan, scope=scope, entropy_grad=config.entropy_coef != 0, row_counts=row_counts)
