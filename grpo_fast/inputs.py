@@ -13,6 +13,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import TypeGuard, cast
 
 import torch
 from torch import Tensor
@@ -90,13 +91,13 @@ def split_head(
     weight: Tensor | Head | None, bias: Tensor | None, head: Head | HeadConfig | None
 ) -> tuple[Tensor, Tensor | None, HeadConfig]:
     """(weight, bias, config) from what may stand for them: tensors and a HeadConfig, or a Head in either place."""
-    if not isinstance(head, (HeadConfig, Head, type(None))):
+    if head is not None and not isinstance(head, HeadConfig) and not _is_head(head):
         raise ValueError(f"head: expected a HeadConfig, or a Head as head_of(model) gives it; got {_named(head)}")
-    whole = weight if isinstance(weight, Head) else head
-    if not isinstance(whole, Head):
+    whole = weight if _is_head(weight) else head
+    if not _is_head(whole):
         if weight is None:
             raise ValueError("weight: expected a tensor [V, H], or a Head in its place or as head=; got None")
-        return weight, bias, whole or PLAIN_HEAD  # type: ignore[return-value]
+        return cast(Tensor, weight), bias, cast(HeadConfig, whole or PLAIN_HEAD)
     if whole is weight and head is not None and head is not whole:
         raise ValueError("head: expected none besides the Head that stands for weight, bias and config; got one")
     if whole is not weight and weight is not None and weight is not whole.weight:
@@ -104,6 +105,10 @@ def split_head(
     if bias is not None and bias is not whole.bias:
         raise ValueError("bias: expected None or the bias of the Head that is given; got another tensor")
     return whole.weight, whole.bias, whole.config
+
+
+def _is_head(value: object) -> TypeGuard[Head]:
+    return not isinstance(value, Tensor) and all(hasattr(value, name) for name in ("weight", "bias", "config"))
 
 
 def head_operands(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
