@@ -211,6 +211,9 @@ class TermInputs:
 
     def note(self, name: str, values: Tensor) -> None:
         """Report `values` `[T]` as the metric `name` of the record."""
+        if not isinstance(values, Tensor) or values.shape != self.logprobs.shape:
+            got = list(values.shape) if isinstance(values, Tensor) else repr(values)
+            raise ValueError(f"{name}: expected values {list(self.logprobs.shape)}; got {got}")
         self.noted[name] = values.detach()
 
 
