@@ -235,6 +235,9 @@ class LossConfig:
         return LossConfig(**fields)
 
 
+assert DEFAULTS.keys() <= LossConfig.__dataclass_fields__.keys(), "LossConfig lacks a parameter of a loss"
+
+
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
     """What a model does between `hidden @ weight.T + bias` and its logits.

@@ -17,13 +17,14 @@ from torch import Tensor
 
 import grpo_fast
 from grpo_fast import Loss, LossConfig, Parameter, TermInputs, grpo_loss, policy_loss, register_loss
-from grpo_fast.config import METRIC_GROUPS, _check
+from grpo_fast.config import BUILT_IN, METRIC_GROUPS, _check
 from grpo_fast.loss_page import documentation
 from grpo_fast.losses import CLIP_METRICS, IMPORTANCE_SAMPLING_MODES, LOSS_TYPES, LOSSES, Coupling, Kernel, Segments
 from grpo_fast.metrics import Metrics
 from grpo_fast.objectives import Tokens, objective, slope_beside_advantage
 from grpo_fast.ops.call import workspace_for
 from tests.cases import BACKENDS, Case, assert_close, make_case, objective_kwargs
+from tests.random_cases import TUNED
 from tests.test_loss import oracle, run
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -176,6 +177,10 @@ def test_no_field_has_a_default() -> None:
 @pytest.mark.parametrize("name", LOSS_TYPES)
 def test_records_are_what_may_be_registered(name: str) -> None:
     _check(LOSSES[name])
+
+
+def test_random_cases_draw_every_parameter() -> None:
+    assert [name for name, *_ in TUNED] == [parameter.name for parameter in BUILT_IN]
 
 
 def test_device_terms_are_those_of_the_kernels() -> None:
@@ -396,7 +401,7 @@ def test_parameters() -> None:
         LossConfig(loss_type=name, parameters={"tau": 1.0})
     with pytest.raises(ValueError, match=r"^parameters.pull: expected a finite number and >= 0 and <= 1; got 2"):
         LossConfig(loss_type=name, parameters={"pull": 2})
-    with pytest.raises(ValueError, match=r"^loss_type: expected one of grpo, .*, rloo, hinge; got 'hing'"):
+    with pytest.raises(ValueError, match=r"^loss_type: expected one of grpo, .*, hinge; got 'hing'"):
         LossConfig(loss_type="hing")  # type: ignore[arg-type]
 
 
