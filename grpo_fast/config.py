@@ -224,6 +224,12 @@ class LossConfig:
         """The config as a JSON string, which operators take; `LossConfig.from_key` reads it back."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
+    def __repr__(self) -> str:
+        """What is not the default, so that signatures which show a config stay readable."""
+        defaults = {f.name: {} if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(self)}
+        given = [f"{n}={getattr(self, n)!r}" for n, default in defaults.items() if getattr(self, n) != default]
+        return f"{type(self).__name__}({', '.join(given)})"
+
     def __reduce__(self) -> tuple[Any, ...]:
         return LossConfig.from_key, (self.key,)
 

@@ -205,7 +205,7 @@ def grpo_loss(
         quantile_group: ranks whose tokens the quantile of `config.top_entropy_quantile` spans; None: the default
             group, if torch.distributed is initialised. Pass the data-parallel group where that is not every rank.
         backend: "auto" or a backend's name.
-        plan: "auto", "single_pass", "frozen_head", "resident", "recompute" or "lean" (`ops/planner.py`).
+        plan: "auto", "single_pass", "frozen_head", "resident", "recompute" or "lean" (`ops/call.py`).
         workspace_bytes: cap on temporary memory besides gradients and O(T H); default a sixteenth of a GPU's memory
             (512 MiB to 4 GiB), elsewhere 256 MiB.
 

@@ -389,6 +389,7 @@ def test_parameters() -> None:
         assert again == config
         assert again.key == config.key
     assert replace(config, epsilon=0.1).parameters == config.parameters
+    assert (repr(LossConfig()), eval(repr(config))) == ("LossConfig()", config)
     for change in (
         lambda p: p.update(most=2.0),
         lambda p: p.__setitem__("most", 2.0),
