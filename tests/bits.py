@@ -57,7 +57,7 @@ class Recorder:
     def _watched(self, function: Any) -> Any:
         def call(*args: Any, **kwargs: Any) -> Any:
             out, self._main_grad = function(*args, **kwargs), kwargs.get("main_grad")
-            turn = len(self.found)  # check_merge calls again
+            turn = len(self.found.keys() - {"main_grad"})  # check_merge calls again
             for name in ("loss", "logprobs", "entropy", "computed"):
                 self.found[f"{turn} {name}"] = digest(getattr(out, name, None))
             if hasattr(out, "metrics"):
