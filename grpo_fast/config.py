@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, get_args
 
 from grpo_fast.losses import (
@@ -231,7 +231,7 @@ class LossConfig:
         return f"{type(self).__name__}({', '.join(given)})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LossConfig.from_key, (self.key,)
+        return partial(type(self), **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}), ()
 
     @staticmethod
     @lru_cache(maxsize=64)

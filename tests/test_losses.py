@@ -6,7 +6,7 @@ import copy
 import pickle
 import re
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
@@ -374,6 +374,17 @@ def test_a_compiled_caller_takes_a_registered_loss() -> None:
     compiled = torch.compile(step, backend="aot_eager", fullgraph=True)
     with torch.no_grad():
         assert_close("loss", compiled(case.hidden, case.weight), step(case.hidden, case.weight))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Noted(LossConfig):
+    note: str = ""
+
+
+def test_copies_of_a_subclass_are_of_it() -> None:
+    config = Noted(beta=0.1, note="mine")
+    for again in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert (type(again), again) == (Noted, config)
 
 
 def test_parameters() -> None:
