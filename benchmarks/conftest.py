@@ -14,7 +14,7 @@ if ROOT not in sys.path:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--contenders", help="comma-separated names of benchmarks/baselines.py; default: a test's own")
+    parser.addoption("--contenders", help="comma-separated names of benchmarks/baselines; default: a test's own")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -37,9 +37,9 @@ void group_advantages(const Real* rewards, int64_t num_completions, int64_t num_
                       const Groups& groups, AdvantageScale scale, RewardAggregation aggregation, Real* advantages);
 
 enum class TokenAggregation : int32_t {
-  kSequenceMean,  // m / (max(L_s, 1) D), D = max(S, 1)     grpo sapo
-  kSequenceSum,   // m / D,               D = max(S, 1)     luspo; dr_grpo with the normalizer S * C
-  kTokenMean,     // m / D,               D = max(sum m, 1) bnpo dapo cispo dppo ppo_dual reinforce rloo
+  kSequenceMean,  // m / (max(L_s, 1) D), D = max(S, 1)
+  kSequenceSum,   // m / D,               D = max(S, 1)     with the normalizer S * C also constant_length
+  kTokenMean,     // m / D,               D = max(sum m, 1)
 };
 
 template <typename Real>

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeAlias, get_args
 
 from grpo_fast.losses import (
@@ -44,6 +44,8 @@ IMPORTANCE_SAMPLING_LEVELS = get_args(_Level)
 KL_ESTIMATORS = get_args(_Estimator)
 BUILT_IN = tuple(parameter for loss in LOSSES.values() for parameter in loss.parameters)
 """Parameters that are fields of `LossConfig`; registered losses come later."""
+METRIC_GROUPS = ("clip_ratio", "completions", "eval", "ratio", "rewards", "sampling", "time")
+"""What metrics of every loss and of trainers begin with, before a slash: no names for losses."""
 DEFAULTS = {parameter.name: parameter.default for parameter in BUILT_IN}
 
 
@@ -74,10 +76,10 @@ def require_number(
         raise ValueError(f"{name}: expected {expected}; got {value!r}")
 
 
-def check_parameter(parameter: Parameter, value: object) -> None:
-    """Raise ValueError unless `value` is within the parameter's bounds."""
+def check_parameter(parameter: Parameter, value: object, prefix: str = "") -> None:
+    """Raise ValueError, which says `prefix` and the name, unless `value` is within the parameter's bounds."""
     p = parameter
-    require_number(p.name, value, above=p.above, at_least=p.at_least, at_most=p.at_most)
+    require_number(prefix + p.name, value, above=p.above, at_least=p.at_least, at_most=p.at_most)
 
 
 class FrozenParameters(dict[str, float]):
@@ -185,7 +187,7 @@ class LossConfig:
             names = ", ".join(known) or "none"
             raise ValueError(f"parameters: expected those of {self.loss_type} ({names}); got {self.parameters!r}")
         for name, value in self.parameters.items():
-            check_parameter(known[name], value)
+            check_parameter(known[name], value, "parameters.")
         return FrozenParameters({name: self.parameters.get(name, p.default) for name, p in known.items()})
 
     def _check_combinations(self) -> None:
@@ -222,8 +224,14 @@ class LossConfig:
         """The config as a JSON string, which operators take; `LossConfig.from_key` reads it back."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
+    def __repr__(self) -> str:
+        """What is not the default, so that signatures which show a config stay readable."""
+        defaults = {f.name: {} if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(self)}
+        given = [f"{n}={getattr(self, n)!r}" for n, default in defaults.items() if getattr(self, n) != default]
+        return f"{type(self).__name__}({', '.join(given)})"
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return LossConfig.from_key, (self.key,)
+        return partial(type(self), **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)}), ()
 
     @staticmethod
     @lru_cache(maxsize=64)
@@ -231,6 +239,9 @@ class LossConfig:
         """The config that `key` names."""
         fields: dict[str, Any] = json.loads(key)
         return LossConfig(**fields)
+
+
+assert DEFAULTS.keys() <= LossConfig.__dataclass_fields__.keys(), "LossConfig lacks a parameter of a loss"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,8 +287,9 @@ def _check(loss: Loss) -> None:
     """Raise ValueError if a field holds what it may not."""
     if not isinstance(loss, Loss):
         raise ValueError(f"loss: expected a Loss; got {type(loss).__name__}")
-    if LOSSES.get(loss.name, loss) is not loss:
-        raise ValueError(f"name: expected one that is not taken ({', '.join(LOSSES)}); got {loss.name!r}")
+    if isinstance(loss.name, str) and (LOSSES.get(loss.name, loss) is not loss or loss.name in METRIC_GROUPS):
+        taken = ", ".join([*LOSSES, *METRIC_GROUPS])
+        raise ValueError(f"name: expected one that is not taken ({taken}); got {loss.name!r}")
     if not callable(loss.term):
         raise ValueError(f"term: expected a function of TermInputs; got {loss.term!r}")
     for name in ("formula", "when", "paper"):
@@ -315,10 +327,11 @@ def _check(loss: Loss) -> None:
         if not isinstance(name, str) or not name.isidentifier() or names.count(name) > 1:
             raise ValueError(f"name: expected an identifier that stands for one thing; got {name!r}")
     for name in loss.metrics:
-        if not name.startswith(f"{loss.name}/"):
+        if not isinstance(name, str) or not name.startswith(f"{loss.name}/"):
             raise ValueError(f"metrics: expected names that begin with {loss.name}/; got {name!r}")
-    if loss.kernel is not None and loss.couples != "nothing":
-        raise ValueError(f"kernel: expected None, as device terms see one token and it couples; got {loss.kernel!r}")
+    if loss.kernel is not None and (loss.couples != "nothing" or "importance" in loss.reads):
+        reason = "device terms see one token, before its importance weight"
+        raise ValueError(f"kernel: expected None, as {reason}, and it sees more; got {loss.kernel!r}")
     if loss.aggregation == "constant_length" and "max_completion_length" not in loss.requires:
         raise ValueError("requires: expected max_completion_length, as constant_length divides by it")
     if loss.beside_advantage is not None:

@@ -4,8 +4,9 @@ Legend, as everywhere behind `grpo_loss`: T packed tokens, S sequences, L_s unma
 of the current policy, r = p - old, w the ratio at the configured level, A advantage, m mask, mu log-probability of the
 policy that sampled, sg stop-gradient. Logs are natural (nats).
 
-To add a loss here: its name in `LossName`, a term, a record in `LOSSES`, its twin in `reference.py`; then
-`python -m grpo_fast.loss_page > docs/losses.md`. From outside: `config.register_loss` (docs/adding-a-loss.md).
+To add a loss here: its name in `LossName`, a term, a record in `_RECORDS`, for each of its parameters a field of
+`config.LossConfig`, its twin in `reference.py`; then `python -m grpo_fast.loss_page > docs/losses.md`. From outside:
+`config.register_loss` (docs/adding-a-loss.md).
 """
 
 from __future__ import annotations
@@ -211,6 +212,9 @@ class TermInputs:
 
     def note(self, name: str, values: Tensor) -> None:
         """Report `values` `[T]` as the metric `name` of the record."""
+        if not isinstance(values, Tensor) or values.shape != self.logprobs.shape:
+            got = list(values.shape) if isinstance(values, Tensor) else repr(values)
+            raise ValueError(f"{name}: expected values {list(self.logprobs.shape)}; got {got}")
         self.noted[name] = values.detach()
 
 

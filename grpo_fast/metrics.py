@@ -151,7 +151,7 @@ def collect_metrics(
     found.mean("active_row_fraction", num_computed, num_tokens)
     found.sum("num_active_tokens", num_tokens)
     found.sum("num_sequences", num_sequences)
-    finite = _finite(logprobs, entropy, terms, tokens, config)
+    finite = _finite(logprobs, entropy, terms, tokens)
     finite = finite if finite_states is None else finite & finite_states
     found.sum("bad_rows", (computed & ~_spared(finite, terms, tokens, config)).sum())
     if terms.kl is not None:
@@ -195,7 +195,7 @@ def _total(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0.0).double().sum()
 
 
-def _finite(logprobs: Tensor, entropy: Tensor, terms: Terms, tokens: Tokens, config: LossConfig) -> Tensor:
+def _finite(logprobs: Tensor, entropy: Tensor, terms: Terms, tokens: Tokens) -> Tensor:
     """Whether all that is known of a token is finite, `[T]`."""
     numbers = [logprobs, entropy, terms.policy, terms.ratio, tokens.advantages]
     numbers += [n for n in (tokens.old_logprobs, tokens.ref_logprobs, terms.importance) if n is not None]

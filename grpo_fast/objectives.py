@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.config import LossConfig
-from grpo_fast.losses import Segments, TermInputs, clamp
+from grpo_fast.losses import Loss, Segments, TermInputs, clamp
 
 
 @dataclass
@@ -286,12 +286,7 @@ def objective(logprobs: Tensor, entropy: Tensor | None, tokens: Tokens, config: 
     of_tokens = (tokens.advantages, tokens.mask, tokens.segments, tokens.old_logprobs, tokens.sampling_logprobs)
     inputs = TermInputs(logprobs, log_ratio, log_w, ratio, importance, *of_tokens, config)
 
-    policy = record.term(inputs)
-    if policy.shape != logprobs.shape or inputs.noted.keys() != record.metrics.keys():
-        raise ValueError(
-            f"{record.name}: expected a term of shape {list(logprobs.shape)} that notes {list(record.metrics)}; "
-            f"got {list(policy.shape)} and {list(inputs.noted)}"
-        )
+    policy = _checked(record.term(inputs), inputs, record)
     if config.off_policy_mask_threshold is not None:
         kept = off_policy_mask(logprobs.detach(), inputs.behaviour_logprobs, tokens, config.off_policy_mask_threshold)
         policy = torch.where(kept, policy, 0.0)
@@ -313,6 +308,8 @@ def objective(logprobs: Tensor, entropy: Tensor | None, tokens: Tokens, config: 
         if config.use_bias_correction_kl:
             kl = kl * ratio
         policy = policy + config.beta * kl
+    if logprobs.requires_grad and torch.is_grad_enabled() and not policy.requires_grad:
+        raise ValueError(f"{record.name}: expected a term that depends on the log-probabilities; got one detached")
     return Terms(
         policy=torch.where(tokens.mask, policy, 0.0),
         entropy_weights=bonus_mask.to(logprobs.dtype) / bonus_count,
@@ -322,6 +319,19 @@ def objective(logprobs: Tensor, entropy: Tensor | None, tokens: Tokens, config: 
         importance=importance,
         noted=inputs.noted,
     )
+
+
+def _checked(term: object, inputs: TermInputs, record: Loss) -> Tensor:
+    """What a record's term returned, if it is a term and notes what the record says."""
+
+    def form(value: object) -> str:
+        return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+    if form(term) != form(inputs.logprobs) or inputs.noted.keys() != record.metrics.keys():
+        expected = f"a term {form(inputs.logprobs)} that notes {list(record.metrics)}"
+        raise ValueError(f"{record.name}: expected {expected}; got {form(term)} and {list(inputs.noted)}")
+    assert isinstance(term, Tensor)
+    return term
 
 
 def total_loss(terms: Terms, entropy: Tensor | None, weights: Tensor, config: LossConfig) -> Tensor:

@@ -31,7 +31,7 @@ CORRECTIONS = ("none", "weight", "token_truncate", "token_mask")
 
 
 def objective_parameters(values: Mapping[str, float], device: torch.device) -> Tensor:
-    """`[12]` float32 on `device`, in the order of `PARAMETERS`; a bound that there is not is infinite.
+    """`[P]` float32 on `device`, in the order of `PARAMETERS`; a bound that there is not is infinite.
 
     Raises:
         ValueError: a parameter is missing, or one that is not known is given.

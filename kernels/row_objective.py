@@ -32,7 +32,7 @@ class Objective:
     Attributes:
         policy, kl, correction: of `objective.POLICIES`, `KL_ESTIMATORS` and `CORRECTIONS`.
         kl_times_ratio: whether the KL estimate is multiplied by the ratio.
-        parameters: `[12]` float32, from `objective.objective_parameters`.
+        parameters: `[P]` float32, from `objective.objective_parameters`.
     """
 
     policy: str
@@ -70,7 +70,7 @@ def _row_objective_kernel(
     ref_logprobs,  # [R] float32 or None
     sampling_logprobs,  # [R] float32 or None
     importance,  # [R] float32 or None
-    parameters,  # [12] float32
+    parameters,  # [P] float32, of objective.PARAMETERS
     entropy_gradient,  # [1] float32 or None
     grad_scale,  # [1] float32 or None: multiplies dx
     logprobs,  # [R] float32, out

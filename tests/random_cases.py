@@ -18,6 +18,7 @@ from torch import Tensor
 
 from grpo_fast.backends.base import get_backend, resolve_backend
 from grpo_fast.config import KL_ESTIMATORS, LOSS_TYPES, HeadConfig, LossConfig
+from grpo_fast.losses import LOSSES
 from grpo_fast.ops.call import workspace_for
 from grpo_fast.reference import reference_logprobs
 from tests.cases import INTERPRETED
@@ -255,7 +256,7 @@ def finish(d: Draw, settings: Settings) -> Settings:
 def draw_config(d: Draw) -> LossConfig:
     loss_type = d.choice(LOSS_TYPES)
     epsilon_high = d.pick(0.9, 1.25, 5.0) if loss_type == "cispo" else d.pick(None, 0.28, 0.05, 1.25, usual=0.4)
-    modes = ("token_truncate", "token_mask", *(() if loss_type == "vespo" else ("sequence_truncate", "sequence_mask")))
+    modes = LOSSES[loss_type].importance_sampling_modes
     given: dict[str, Any] = {
         "loss_type": loss_type,
         "importance_sampling_level": d.pick("token", "sequence", "sequence_token", usual=0.4),

@@ -20,8 +20,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton.language as tl  # noqa: E402
 
-from grpo_fast.kernels import aot, launcher, sass  # noqa: E402
+from grpo_fast.kernels import aot, launcher, row_objective, sass  # noqa: E402
 from grpo_fast.kernels.configuration import ARCHES, Configuration  # noqa: E402
+from grpo_fast.kernels.objective import CORRECTIONS, KL_ESTIMATORS, POLICIES  # noqa: E402
 
 TABLE = Path(__file__).resolve().parent.parent / "kernels" / "AOT.md"
 CONFIGURATIONS = list(aot.configurations())
@@ -63,6 +64,11 @@ def test_a_configuration_keeps_its_budget(configuration: Configuration) -> None:
 def test_the_committed_table_names_every_configuration() -> None:
     expected = {(each.label, str(arch)) for each in CONFIGURATIONS for arch in each.arches}
     assert set(committed()) == expected, "regenerate kernels/AOT.md: the command is in it"
+
+
+def test_every_name_is_compiled() -> None:
+    policies, estimators, _, corrections, _ = map(set, zip(*row_objective._VARIANTS, strict=True))
+    assert (policies, estimators, corrections) == ({*POLICIES}, {*KL_ESTIMATORS}, {*CORRECTIONS})
 
 
 # --- the machinery ---

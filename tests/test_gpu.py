@@ -17,6 +17,7 @@ from torch import Tensor
 
 from grpo_fast.backends.base import get_backend
 from grpo_fast.loss import HeadConfig, LossConfig, grpo_loss, token_logprobs
+from grpo_fast.losses import LOSSES
 from grpo_fast.objectives import slope_scope
 from grpo_fast.ops.call import row_budget
 from grpo_fast.reference import reference_logprobs
@@ -112,7 +113,7 @@ def token_local() -> list[dict[str, Any]]:
     rows = {
         (loss_type, kl, local.get(correction, correction), extra)
         for loss_type, _, kl, correction, _, extra in objective_rows()
-        if loss_type not in ("vespo", "gmpo")  # whose terms are a sequence's
+        if LOSSES[loss_type].couples == "nothing"
     }
     return [objective_kwargs(loss, "token", kl, correct, "nomask", extra) for loss, kl, correct, extra in sorted(rows)]
 

@@ -6,7 +6,7 @@ import copy
 import pickle
 import re
 from collections.abc import Iterator
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, get_args
@@ -17,13 +17,14 @@ from torch import Tensor
 
 import grpo_fast
 from grpo_fast import Loss, LossConfig, Parameter, TermInputs, grpo_loss, policy_loss, register_loss
-from grpo_fast.config import _check
+from grpo_fast.config import BUILT_IN, METRIC_GROUPS, _check
 from grpo_fast.loss_page import documentation
 from grpo_fast.losses import CLIP_METRICS, IMPORTANCE_SAMPLING_MODES, LOSS_TYPES, LOSSES, Coupling, Kernel, Segments
 from grpo_fast.metrics import Metrics
 from grpo_fast.objectives import Tokens, objective, slope_beside_advantage
 from grpo_fast.ops.call import workspace_for
 from tests.cases import BACKENDS, Case, assert_close, make_case, objective_kwargs
+from tests.random_cases import TUNED
 from tests.test_loss import oracle, run
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -176,6 +177,10 @@ def test_no_field_has_a_default() -> None:
 @pytest.mark.parametrize("name", LOSS_TYPES)
 def test_records_are_what_may_be_registered(name: str) -> None:
     _check(LOSSES[name])
+
+
+def test_random_cases_draw_every_parameter() -> None:
+    assert [name for name, *_ in TUNED] == [parameter.name for parameter in BUILT_IN]
 
 
 def test_device_terms_are_those_of_the_kernels() -> None:
@@ -371,6 +376,17 @@ def test_a_compiled_caller_takes_a_registered_loss() -> None:
         assert_close("loss", compiled(case.hidden, case.weight), step(case.hidden, case.weight))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Noted(LossConfig):
+    note: str = ""
+
+
+def test_copies_of_a_subclass_are_of_it() -> None:
+    config = Noted(beta=0.1, note="mine")
+    for again in (copy.deepcopy(config), pickle.loads(pickle.dumps(config))):
+        assert (type(again), again) == (Noted, config)
+
+
 def test_parameters() -> None:
     name = register_loss(hinge())
     config = LossConfig(loss_type=name, parameters={"pull": 0.5})
@@ -384,6 +400,7 @@ def test_parameters() -> None:
         assert again == config
         assert again.key == config.key
     assert replace(config, epsilon=0.1).parameters == config.parameters
+    assert (repr(LossConfig()), eval(repr(config))) == ("LossConfig()", config)
     for change in (
         lambda p: p.update(most=2.0),
         lambda p: p.__setitem__("most", 2.0),
@@ -394,9 +411,9 @@ def test_parameters() -> None:
             change(config.parameters)
     with pytest.raises(ValueError, match=r"^parameters: expected those of hinge \(most, pull\); got {'tau': 1.0}"):
         LossConfig(loss_type=name, parameters={"tau": 1.0})
-    with pytest.raises(ValueError, match=r"^pull: expected a finite number and >= 0 and <= 1; got 2"):
+    with pytest.raises(ValueError, match=r"^parameters.pull: expected a finite number and >= 0 and <= 1; got 2"):
         LossConfig(loss_type=name, parameters={"pull": 2})
-    with pytest.raises(ValueError, match=r"^loss_type: expected one of grpo, .*, rloo, hinge; got 'hing'"):
+    with pytest.raises(ValueError, match=r"^loss_type: expected one of grpo, .*, hinge; got 'hing'"):
         LossConfig(loss_type="hing")  # type: ignore[arg-type]
 
 
@@ -404,6 +421,8 @@ def test_parameters() -> None:
     ("changes", "message"),
     [
         ({"name": "dapo"}, "name: expected one that is not taken (grpo, "),
+        ({"name": "ratio", "metrics": {"ratio/min": "tokens"}}, "name: expected one that is not taken (grpo, "),
+        ({"name": ["hinge"]}, "name: expected an identifier that stands for one thing; got ['hinge']"),
         ({"name": "my loss"}, "name: expected an identifier that stands for one thing; got 'my loss'"),
         ({"name": 3}, "name: expected an identifier that stands for one thing; got 3"),
         ({"term": "-A p"}, "term: expected a function of TermInputs; got '-A p'"),
@@ -433,6 +452,8 @@ def test_parameters() -> None:
         ({"metrics": {"hinge/x": "rows"}}, "metrics: expected one of tokens, sequences; got 'rows'"),
         ({"metrics": {"loss": "tokens"}}, "metrics: expected names that begin with hinge/; got 'loss'"),
         ({"kernel": "hinge"}, "kernel: expected one of clipped, cispo, "),
+        ({"metrics": {3: "tokens"}}, "metrics: expected names that begin with hinge/; got 3"),
+        ({"kernel": "sapo", "reads": ("importance",)}, "kernel: expected None, as device terms see one token"),
         ({"kernel": "sapo", "couples": "sequence"}, "kernel: expected None, as device terms see one token"),
         (
             {"parameters": (Parameter(name="epsilon", default=0.1, doc=""),)},
@@ -457,19 +478,53 @@ def test_what_may_not_be_registered(changes: dict[str, Any], message: str) -> No
         register_loss(hinge_term)  # type: ignore[arg-type]
 
 
+def noting(c: TermInputs) -> Tensor:
+    c.note("hinge/capped", c.ratio)
+    return c.ratio
+
+
 @pytest.mark.parametrize(
     ("term", "got"),
     [
-        (lambda c: -c.advantages * c.logprobs, "[9] and []"),
-        (lambda c: c.note("hinge/capped", c.ratio) or c.logprobs.sum(), "[] and ['hinge/capped']"),
-        (lambda c: c.note("hinge/cap", c.ratio) or c.logprobs, "[9] and ['hinge/cap']"),
+        (lambda c: -c.advantages * c.logprobs, "torch.float32 [9] and []"),
+        (lambda c: noting(c).sum(), "torch.float32 [] and ['hinge/capped']"),
+        (lambda c: noting(c).double(), "torch.float64 [9] and ['hinge/capped']"),
+        (lambda c: None, "NoneType and []"),
+        (lambda c: c.note("hinge/cap", c.ratio) or c.logprobs, "torch.float32 [9] and ['hinge/cap']"),
     ],
 )
 def test_terms_that_do_not_keep_to_their_record(term: Any, got: str) -> None:
     config = LossConfig(loss_type=register_loss(hinge(term=term)))
-    message = f"hinge: expected a term of shape [9] that notes ['hinge/capped']; got {got}"
+    message = f"hinge: expected a term torch.float32 [9] that notes ['hinge/capped']; got {got}"
     with pytest.raises(ValueError, match=re.escape(message)):
         slopes(config, NEAR)
+
+
+@pytest.mark.parametrize(
+    ("term", "message"),
+    [
+        (
+            lambda c: noting(c).detach(),
+            "hinge: expected a term that depends on the log-probabilities; got one detached",
+        ),
+        (lambda c: c.note("hinge/capped", c.ratio[:, None]), "hinge/capped: expected values [9]; got [9, 1]"),
+        (lambda c: c.note("hinge/capped", 1.0), "hinge/capped: expected values [9]; got 1.0"),
+    ],
+)
+def test_terms_without_gradient_and_wrong_notes(term: Any, message: str) -> None:
+    config = LossConfig(loss_type=register_loss(hinge(term=term)))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        slopes(config, NEAR)
+
+
+def test_no_loss_is_named_as_metrics_are() -> None:
+    """What has a slash begins with a group that is taken, or with its loss."""
+    case = make_case(3)
+    for name in LOSS_TYPES:
+        config = config_of(name, importance_sampling_mode="token_truncate", beta=0.1)
+        out = policy_loss(case.logprobs, case.advantages, config=config, **case.policy_inputs(config))
+        groups = {metric.partition("/")[0] for metric in out.metrics.as_dict() if "/" in metric}
+        assert groups <= {name, *METRIC_GROUPS}
 
 
 # -- the worked example -----------------------------------------------------------------------------------------------
@@ -527,6 +582,13 @@ def test_plugins_that_do_not_run(tmp_path: Path) -> None:
     for plugin, message in (("gone.py", "no such file: gone.py"), (f"{tmp_path}/broken.py", "ZeroDivisionError")):
         with pytest.raises(ConfigError, match=f"^plugins: .*{message}"):
             config_from_dict(values | {"plugins": [plugin]})
+    for wrong in ("soft_clip.py", 3, [3], [["soft_clip.py"]], {"a": "b"}):
+        with pytest.raises(ConfigError, match=r"^plugins: expected a list of files and modules; got "):
+            config_from_dict(values | {"plugins": wrong})
+    register_loss(hinge())
+    loss = {"loss_type": "hinge", "parameters": {"pull": 2}}
+    with pytest.raises(ConfigError, match=r"^loss.parameters.pull: expected a finite number and >= 0 and <= 1; got 2"):
+        config_from_dict(values | {"loss": loss})
     with pytest.raises(ConfigError, match=r"^loss.loss_type: expected one of grpo, .*; got 'soft_clip'"):
         config_from_dict(values | {"loss": {"loss_type": "soft_clip"}})
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.loss import Metrics, grpo_loss, policy_loss, token_logprobs
+from grpo_fast.losses import LOSSES
 from grpo_fast.ops.passes import boundaries
 from grpo_fast.reference import reference_logprobs, reference_loss, reference_policy_loss
 from tests.cases import BACKENDS, INTERPRETED, TOLERANCES, rel_rms
@@ -502,7 +503,7 @@ def denominators(problem: Problem) -> dict[str, float]:
     kind, sequences = s.config.loss_type, max(len(s.lengths), 1)
     if kind == "dr_grpo":
         sequences *= s.config.max_completion_length
-    by_sequence = kind in ("grpo", "sapo", "gmpo", "luspo", "dr_grpo")
+    by_sequence = LOSSES[kind].aggregation != "token_mean"
     given = {"normalizer": float(sequences if by_sequence else count)}
     return given | {"entropy_normalizer": float(count)}
 

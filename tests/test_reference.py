@@ -16,6 +16,7 @@ from torch import Tensor
 
 import grpo_fast.reference
 from grpo_fast.config import HeadConfig, LossConfig
+from grpo_fast.losses import LOSSES
 from grpo_fast.reference import reference_advantages, reference_logprobs, reference_loss, reference_policy_loss
 from tests.cases import AXES, OBJECTIVES, Case, assert_close, make_case, padded, rel_rms, to_packed
 
@@ -262,8 +263,8 @@ def test_micro_batches_add_up(loss_type: str) -> None:
     options = {"importance_sampling_mode": "token_mask", "max_completion_length": 24, "epsilon_high": 0.3}
     config = LossConfig(loss_type=loss_type, beta=0.1, **options)
     num_sequences = case.cu_seqlens.numel() - 1
-    per_sequence = {"grpo": 1, "sapo": 1, "luspo": 1, "gmpo": 1, "dr_grpo": 24}
-    total = num_sequences * per_sequence[loss_type] if loss_type in per_sequence else int(case.loss_mask.sum())
+    per_sequence = {"sequence_mean": 1, "sequence_sum": 1, "constant_length": 24}.get(LOSSES[loss_type].aggregation)
+    total = int(case.loss_mask.sum()) if per_sequence is None else num_sequences * per_sequence
 
     names = ("loss_mask", "old_logprobs", "ref_logprobs", "sampling_logprobs")
     parts = []

@@ -23,8 +23,8 @@ using Dual = grpo_fast::Dual<double>;
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
 
-constexpr PolicyTerm kPolicies[] = {PolicyTerm::clipped, PolicyTerm::cispo,    PolicyTerm::sapo,
-                                    PolicyTerm::dppo,    PolicyTerm::ppo_dual, PolicyTerm::reinforce};
+#define POLICY(name) PolicyTerm::name,
+constexpr PolicyTerm kPolicies[] = {GRPO_FAST_POLICIES(POLICY)};
 constexpr KlEstimator kEstimators[] = {KlEstimator::none, KlEstimator::k1, KlEstimator::k2, KlEstimator::k3};
 constexpr Correction kCorrections[] = {Correction::none, Correction::weight, Correction::token_truncate,
                                        Correction::token_mask};

@@ -137,7 +137,7 @@ def _build(given: Any, overrides: Sequence[str]) -> TrainConfig:
     except ValueError as error:
         line = _one_line(error)
         # The loss's options are checked where recipes are not known.
-        of_loss = line.partition(":")[0] in {item.name for item in dataclasses.fields(LossConfig)}
+        of_loss = line.partition(":")[0].partition(".")[0] in {item.name for item in dataclasses.fields(LossConfig)}
         raise ConfigError(f"loss.{line}" if of_loss else line) from error
 
 
@@ -164,10 +164,16 @@ def _apply_override(given: Any, override: str) -> None:
 
 def _load_plugins(given: Any) -> None:
     """Run the recipe's own Python: losses that it registers are known from here on."""
-    plugins = given.get("plugins") or []
+    from omegaconf import OmegaConf
+
+    plugins = given.get("plugins")
+    if plugins is None:
+        return
+    if not OmegaConf.is_list(plugins) or not all(isinstance(name, str) for name in plugins):
+        raise ConfigError(f"plugins: expected a list of files and modules; got {plugins}")
     try:
-        for name in [plugins] if isinstance(plugins, str) else plugins:
-            load_module(str(name))
+        for name in plugins:
+            load_module(name)
     except ImportError as error:
         raise ConfigError(f"plugins: {error}") from error
 
