@@ -105,7 +105,7 @@ def token_logprobs(
         logprob_t = z_t[y_t] - log sum_v exp z_tv          entropy_t = -sum_v p_tv log p_tv
 
     Differentiable in hidden, weight and bias through both results. Without gradients (old and reference policies) only
-    the logits GEMM is done and nothing is kept.
+    the logits product is done and nothing is kept.
 
     Args:
         hidden: `[..., H]`, float32, bfloat16, float16 (or float64).
@@ -205,7 +205,7 @@ def grpo_loss(
         quantile_group: ranks whose tokens the quantile of `config.top_entropy_quantile` spans; None: the default
             group, if torch.distributed is initialised. Pass the data-parallel group where that is not every rank.
         backend: "auto" or a backend's name.
-        plan: "auto", "single_pass", "frozen_head", "resident", "recompute" or "lean" (`ops/planner.py`).
+        plan: "auto", "single_pass", "frozen_head", "resident", "recompute" or "lean" (`ops/call.py`).
         workspace_bytes: cap on temporary memory besides gradients and O(T H); default a sixteenth of a GPU's memory
             (512 MiB to 4 GiB), elsewhere 256 MiB.
 

@@ -51,7 +51,7 @@ CARDS = (Card("H100", 800e12, 3.0e12), Card("H200", 790e12, 4.3e12))
 
 @dataclass(frozen=True)
 class Plan:
-    """Rows of a tile of logits and of a chunk of dx, as grpo_fast/ops/planner.py gives them; one buffer of logits."""
+    """Rows of a tile of logits and of a chunk of dx, as grpo_fast/ops/call.py gives them; one buffer of logits."""
 
     tile: int
     staged: int

@@ -1,1 +1,1 @@
-"""The engine room: execution plans, the backends' row functions and GEMMs, and their autograd wrapping."""
+"""The engine room: a call, its plan and its rows, the loops over chunks, and their autograd wrapping."""
