@@ -55,7 +55,7 @@ test: venv
 # The two ends of what is supported, each in an environment of its own: constraints-oldest.txt holds the lower bounds of
 # pyproject.toml, constraints-newest.txt the newest torch and triton that were tried. What depends on their versions: every
 # loss on every backend against float64, compiled callers, models and the trainer, kernels under Triton's interpreter.
-CORE := loss edges inputs numerics stand_in clamp reference rows cpu_backend triton_backend head attention doctor advantages \
+CORE := loss edges operators inputs numerics stand_in clamp reference rows cpu_backend triton_backend head attention doctor advantages \
 	config step trainer checkpoint rollout resume logging
 CORE := $(CORE:%=tests/test_%.py) $(wildcard tests/test_random.py) tests/test_csrc.py::test_objective_is_autograds
 CORE_INTERPRETED := $(patsubst %,tests/interpreted/test_%.py,losses rows stand_in) \

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from grpo_fast.objectives import Terms, Tokens, bounded_importance, default_norm
 
 Kind = Literal["sum", "mean", "min", "max"]
 """How parts combine. A mean has two places, sum and count; it is 0 over nothing, and so is an extremum."""
+KINDS: tuple[Kind, ...] = get_args(Kind)
 SAMPLING = "sampling/"
 LOSS_PARTS = ("terms_sum", "terms_mean", "bonus_sum", "bonus_mean")
 
@@ -32,7 +33,7 @@ class Metrics:
 
     Attributes:
         vector: `[K]` on the loss's device: sums and means first, then minima, then maxima.
-        names: of the metrics, in that order, and their kinds.
+        names: of the metrics, as they are reported, and their kinds; in the vector they stand kind by kind.
         config: whose loss they are of.
         corrects: whether sampling log-probabilities were given.
     """
@@ -75,8 +76,8 @@ class Metrics:
         """Names to numbers; waits for the device once."""
         values: Iterator[float] = iter(self.vector.tolist())
         found = {}
-        for name, kind in self.names.items():
-            value = next(values)
+        for name in sorted(self.names, key=lambda name: KINDS.index(self.names[name])):
+            kind, value = self.names[name], next(values)
             if kind == "mean":
                 value /= max(next(values), 1.0)
             found[name] = 0.0 if kind in ("min", "max") and math.isinf(value) else value
@@ -85,7 +86,8 @@ class Metrics:
         loss = terms_sum + terms_mean
         if self.config.entropy_coef != 0:
             loss -= self.config.entropy_coef * (bonus_sum + bonus_mean)
-        return {"loss": loss} | {n: v for n, v in found.items() if self.corrects or not n.startswith(SAMPLING)}
+        told = [n for n in self.names if n in found and (self.corrects or not n.startswith(SAMPLING))]
+        return {"loss": loss} | {name: found[name] for name in told}
 
 
 def clipped(ratio: Tensor, advantages: Tensor, config: LossConfig) -> tuple[Tensor, Tensor]:
@@ -97,27 +99,27 @@ def clipped(ratio: Tensor, advantages: Tensor, config: LossConfig) -> tuple[Tens
 
 
 class _Collector:
-    """The parts of one call, by kind and name; numbers are 0-dim."""
+    """The parts of one call, by name: their kind, and 0-dim numbers."""
 
     def __init__(self) -> None:
-        self.parts: dict[Kind, dict[str, list[Tensor]]] = {"sum": {}, "mean": {}, "min": {}, "max": {}}
+        self.parts: dict[str, tuple[Kind, list[Tensor]]] = {}
 
     def sum(self, name: str, value: Tensor) -> None:
-        self.parts["sum"][name] = [value]
+        self.parts[name] = "sum", [value]
 
     def mean(self, name: str, total: Tensor, count: Tensor) -> None:
-        self.parts["mean"][name] = [total, count]
+        self.parts[name] = "mean", [total, count]
 
     def extreme(self, kind: Literal["min", "max"], name: str, values: Tensor, mask: Tensor) -> None:
         """Over the values `[...]` of `mask`; infinite if there are none."""
         worst = math.inf if kind == "min" else -math.inf
         padded = torch.cat([torch.where(mask, values, worst).flatten(), values.new_full((1,), worst)])
-        self.parts[kind][name] = [padded.amin() if kind == "min" else padded.amax()]
+        self.parts[name] = kind, [padded.amin() if kind == "min" else padded.amax()]
 
     def metrics(self, config: LossConfig, *, corrects: bool) -> Metrics:
-        names = {name: kind for kind, parts in self.parts.items() for name in parts}
-        numbers = [number.double() for parts in self.parts.values() for part in parts.values() for number in part]
-        return Metrics(torch.stack(numbers), names, config, corrects=corrects)
+        names = {name: kind for name, (kind, _) in self.parts.items()}
+        ordered = [part for which in KINDS for kind, part in self.parts.values() if kind == which]
+        return Metrics(torch.stack([n.double() for part in ordered for n in part]), names, config, corrects=corrects)
 
 
 @torch.no_grad()
@@ -262,6 +264,6 @@ def _sampling_metrics(
         total = (segments.mean(weight, mask) + empty * neutral).double().sum()
         count = count.new_full((), empty.numel())
         weight, mask = torch.cat([weight, neutral.expand(empty.numel())]), torch.cat([mask, empty])
-    found.mean(f"{name}/mean", total, count)
     found.extreme("min", f"{name}/min", weight, mask)
+    found.mean(f"{name}/mean", total, count)
     found.extreme("max", f"{name}/max", weight, mask)

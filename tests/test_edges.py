@@ -296,6 +296,18 @@ def _metrics_of(case: Case, first: int, last: int) -> Metrics:
     ).metrics
 
 
+def test_metrics_stand_by_subject() -> None:
+    """A mean beside its extrema, whatever their places in the vector are."""
+    metrics = _metrics_of(make_case(9, dtype=torch.float64), 0, 12)
+    names = (
+        "loss entropy approx_kl ratio/min ratio/max active_row_fraction num_active_tokens num_sequences bad_rows kl "
+    )
+    names += "clip_ratio/low_mean clip_ratio/low_min clip_ratio/high_mean clip_ratio/high_max clip_ratio/region_mean "
+    names += "sampling/sampling_logp_difference/mean sampling/sampling_logp_difference/max "
+    names += " ".join(f"sampling/importance_sampling_ratio/{part}" for part in ("min", "mean", "max"))
+    assert " ".join(metrics.as_dict()) == " ".join(Metrics.merge([metrics] * 2).as_dict()) == names
+
+
 def _rank(rank: int, port: int, results: Any) -> None:
     torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     case = make_case(10, dtype=torch.float64, masked_sequence=False)

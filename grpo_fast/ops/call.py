@@ -335,8 +335,8 @@ class HeadCall:
 
     @property
     def grad_dtype(self) -> torch.dtype:
-        """Of the gradients handed back: the inputs' own, but float32 for float16, which a loss scaler multiplies."""
-        return torch.float32 if self.scales_dx else self.hidden.dtype
+        """Of the gradients handed back."""
+        return grad_dtype(self.hidden.dtype)
 
     @property
     def scales_dx(self) -> bool:
@@ -374,6 +374,11 @@ class HeadCall:
         sharpest = temperature.amin().float() if isinstance(temperature, Tensor) else temperature
         largest = largest * abs(self.head.logit_scale) / sharpest
         return torch.where(largest > 0, _power_of_two_over(largest), 1.0)
+
+
+def grad_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Of the gradients that operators return: the inputs', but float32 for float16, which a loss scaler multiplies."""
+    return torch.float32 if dtype == torch.float16 else dtype
 
 
 @lru_cache(maxsize=64)

@@ -20,7 +20,7 @@ from grpo_fast.backends.base import get_backend, is_traced
 from grpo_fast.backends.devices import TRAITS
 from grpo_fast.config import LossConfig
 from grpo_fast.objectives import Tokens
-from grpo_fast.ops.call import HeadCall
+from grpo_fast.ops.call import HeadCall, grad_dtype
 from grpo_fast.ops.lean import lean_backward_pass
 from grpo_fast.ops.passes import Gradients, Wanted, backward_pass, forward_pass, objective_pass
 
@@ -56,7 +56,7 @@ def forward_op(*wire):  # type: ignore[no-untyped-def]
 
 @forward_op.register_fake
 def _(hidden, *wire):  # type: ignore[no-untyped-def]
-    unit = torch.empty_like(hidden) if wire[-1].endswith(" frozen_head") else hidden.new_empty(0)
+    unit = _fake_gradient(hidden, hidden.shape) if wire[-1].endswith(" frozen_head") else hidden.new_empty(0)
     return (*_fake_rows(hidden, 3), unit)
 
 
@@ -112,7 +112,14 @@ def _fake_rows(hidden: Tensor, count: int) -> list[Tensor]:
 def _fake_gradients(hidden: Tensor, weight: Tensor, main_grad: Tensor | None, want: Sequence[bool]) -> list[Tensor]:
     wanted = (want[0], want[1] and main_grad is None, want[2])
     shapes = (hidden.shape, weight.shape, weight.shape[:1])
-    return [hidden.new_empty(shape if wants else (0,)) for shape, wants in zip(shapes, wanted, strict=True)]
+    return [
+        _fake_gradient(hidden, shape) if wants else hidden.new_empty(0)
+        for shape, wants in zip(shapes, wanted, strict=True)
+    ]
+
+
+def _fake_gradient(hidden: Tensor, shape: Sequence[int]) -> Tensor:
+    return hidden.new_empty(shape, dtype=grad_dtype(hidden.dtype))
 
 
 # -- autograd ---------------------------------------------------------------------------------------------------------
