@@ -6,6 +6,7 @@ Legend: N completions, K reward functions, G group size.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,8 +14,10 @@ from torch import Tensor
 from grpo_fast.backends.base import group_functions, resolve_backend
 from grpo_fast.config import require_choice
 
-SCALES = ("group", "batch", "none", "leave_one_out")
-AGGREGATIONS = ("sum_then_normalize", "normalize_then_sum")
+Scale = Literal["group", "batch", "none", "leave_one_out"]
+Aggregation = Literal["sum_then_normalize", "normalize_then_sum"]
+SCALES: tuple[Scale, ...] = get_args(Scale)
+AGGREGATIONS: tuple[Aggregation, ...] = get_args(Aggregation)
 STD_EPSILON = 1e-4
 """Added to standard deviations before dividing (TRL's value)."""
 
@@ -24,9 +27,9 @@ def group_advantages(
     *,
     group_size: int | None = None,
     group_ids: Tensor | None = None,
-    scale: str = "group",
+    scale: Scale = "group",
     weights: Tensor | list[float] | None = None,
-    aggregation: str = "sum_then_normalize",
+    aggregation: Aggregation = "sum_then_normalize",
 ) -> Tensor:
     """Advantages from rewards, group by group.
 

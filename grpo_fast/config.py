@@ -266,11 +266,15 @@ class HeadConfig:
 # -- losses from outside ----------------------------------------------------------------------------------------------
 
 
-def register_loss(loss: Loss) -> RegisteredLoss:
+def register_loss(loss: Loss, *, replace: bool = False) -> RegisteredLoss:
     """Add a loss: `LossConfig(loss_type=register_loss(loss))`, with `parameters={...}` for its own.
 
     Every process that uses it registers it. Without a `kernel`, row kernels compute log-probabilities and gradients,
     and torch the objective between them.
+
+    Args:
+        replace: take the place of a loss registered under this name, for configs made from now on: a notebook's cell
+            that runs again. Built-in losses stay.
 
     Returns:
         Its name.
@@ -278,16 +282,20 @@ def register_loss(loss: Loss) -> RegisteredLoss:
     Raises:
         ValueError: a field is malformed, or the name is taken.
     """
-    _check(loss)
+    _check(loss, replace=replace)
     LOSSES[loss.name] = loss
+    LossConfig.from_key.cache_clear()
     return RegisteredLoss(loss.name)
 
 
-def _check(loss: Loss) -> None:
+def _check(loss: Loss, *, replace: bool = False) -> None:
     """Raise ValueError if a field holds what it may not."""
     if not isinstance(loss, Loss):
         raise ValueError(f"loss: expected a Loss; got {type(loss).__name__}")
-    if isinstance(loss.name, str) and (LOSSES.get(loss.name, loss) is not loss or loss.name in METRIC_GROUPS):
+    known = LOSS_TYPES if replace else tuple(LOSSES)
+    if isinstance(loss.name, str) and (
+        (loss.name in known and LOSSES[loss.name] is not loss) or loss.name in METRIC_GROUPS
+    ):
         taken = ", ".join([*LOSSES, *METRIC_GROUPS])
         raise ValueError(f"name: expected one that is not taken ({taken}); got {loss.name!r}")
     if not callable(loss.term):

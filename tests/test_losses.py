@@ -596,3 +596,19 @@ def test_plugins_that_do_not_run(tmp_path: Path) -> None:
 def test_public_names() -> None:
     assert {"Loss", "Parameter", "TermInputs", "register_loss"} <= set(grpo_fast.__all__)
     assert grpo_fast.register_loss is register_loss
+
+
+def test_a_registered_loss_is_replaced_on_request() -> None:
+    """A cell that runs again: configs made afterwards have the new term, also by their key and in a kernel."""
+    case, first = make_case(3), replace(LOSSES["reinforce"], name="again", kernel=None)
+    second = replace(first, term=lambda c: -2 * c.advantages * c.logprobs)
+    config = LossConfig(loss_type=register_loss(first))
+    with pytest.raises(ValueError, match="name: expected one that is not taken"):
+        register_loss(second)
+    register_loss(second, replace=True)
+    assert LossConfig(loss_type="again").record is LossConfig.from_key(config.key).record is second  # type: ignore[arg-type]
+    losses = [run(case, LossConfig(loss_type=name))[0].loss for name in ("reinforce", "again")]  # type: ignore[arg-type]
+    assert losses[1].item() == pytest.approx(2 * losses[0].item(), rel=1e-5)
+    for name in ("dapo", "again"):
+        with pytest.raises(ValueError, match=r"name: expected one that is not taken \(grpo, "):
+            register_loss(replace(first, name=name), replace=name == "dapo")

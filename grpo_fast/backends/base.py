@@ -180,14 +180,13 @@ def kernel_objective(config: LossConfig, tokens: Tokens) -> KernelObjective | No
     """The objective of tokens like these; None if it couples them or if no kernel has its term."""
     if config.record.kernel is None or slope_scope(config, has_old=tokens.old_logprobs is not None) != "row":
         return None
-    if tokens.importance is not None:
-        return _kernel_objective(config.key, "weight")
     mode = None if tokens.sampling_logprobs is None else config.importance_sampling_mode
-    return _kernel_objective(config.key, mode or "none")
+    correction = "weight" if tokens.importance is not None else mode or "none"
+    return _kernel_objective(config.record.kernel, config.key, correction)
 
 
 @lru_cache(maxsize=64)
-def _kernel_objective(key: str, correction: str) -> KernelObjective:
+def _kernel_objective(policy: str, key: str, correction: str) -> KernelObjective:
     config = LossConfig.from_key(key)
     low, high, delta = config.importance_sampling_clip_min, config.importance_sampling_clip_max, config.delta
     parameters = {
@@ -200,8 +199,6 @@ def _kernel_objective(key: str, correction: str) -> KernelObjective:
         "importance_max": math.inf if high is None else high,
     }
     parameters |= {name: getattr(config, name) for name in _KERNEL_PARAMETERS}
-    policy = config.record.kernel
-    assert policy is not None
     return KernelObjective(
         policy=policy,
         kl=config.kl_estimator if config.beta else "none",

@@ -9,12 +9,12 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from grpo_fast.advantages import group_advantages
+from grpo_fast.advantages import Aggregation, Scale, group_advantages
 from grpo_fast.trainer.batch import Experience, bounds
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.data import Example, render_prompt
@@ -124,9 +124,9 @@ def to_experience(rollout: ScoredRollout, config: TrainConfig) -> Experience:
         advantages=group_advantages(
             rollout.rewards,
             group_size=rollout.num_generations,
-            scale=config.advantages.scale_rewards,
+            scale=cast(Scale, config.advantages.scale_rewards),
             weights=rollout.weights,
-            aggregation=config.advantages.multi_objective_aggregation,
+            aggregation=cast(Aggregation, config.advantages.multi_objective_aggregation),
         ),
         in_loss=finished if config.mask_truncated_completions else torch.ones_like(finished),
     )
