@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -78,7 +77,7 @@ def test_a_head_stands_for_weight_bias_and_config() -> None:
 def test_contradicting_heads(weight: Any, options: dict[str, Any], message: str) -> None:
     case = make_case(1)
     named = {
-        "head": SimpleNamespace(weight=case.weight, bias=None, config=HeadConfig()),
+        "head": Head(weight=case.weight, bias=None, config=HeadConfig(), backbone=torch.nn.Identity()),
         "other": case.weight.clone(),
     }
     options = {name: named.get(value, value) if isinstance(value, str) else value for name, value in options.items()}
