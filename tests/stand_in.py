@@ -294,6 +294,7 @@ def stand_in(*, row_stream: bool = False, tile_rows: int | None = None, memory: 
     devices.TRAITS["cpu"] = gpu
     patch = pytest.MonkeyPatch()
     _hear_launches(patch, device)
+    _hear_lists(patch, device)
     try:
         with tuning(tile_rows=tile_rows, row_stream=row_stream), device:
             yield device
@@ -303,6 +304,17 @@ def stand_in(*, row_stream: bool = False, tile_rows: int | None = None, memory: 
         patch.undo()
     if device.late:
         raise Unordered(device.late[0])
+
+
+def _hear_lists(patch: pytest.MonkeyPatch, device: StandIn) -> None:
+    """`Tensor.tolist` reads memory, below the dispatcher, and waits for it."""
+    plain = Tensor.tolist
+
+    def tolist(self: Tensor) -> Any:
+        device.waits.append("tolist")
+        return plain(self)
+
+    patch.setattr(Tensor, "tolist", tolist)
 
 
 def _hear_launches(patch: pytest.MonkeyPatch, device: StandIn) -> None:

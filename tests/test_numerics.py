@@ -26,11 +26,12 @@ HALF = TOLERANCES[torch.float16].floor
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("plan", ["recompute", "lean"])
-def test_only_the_entropy_has_a_gradient(plan: str, backend: str) -> None:
-    """B2: g = 0 says nothing of the scale that e needs."""
+@pytest.mark.parametrize("plan", ["single_pass", "recompute", "lean"])
+@pytest.mark.parametrize("advantage", [0.0, 1e-8])
+def test_only_the_entropy_has_a_gradient(advantage: float, plan: str, backend: str) -> None:
+    """B2: g = 0, or next to it, says nothing of the scale that e needs."""
     case = make_case(1, dtype=torch.float16)
-    case.advantages.zero_()
+    case.advantages.fill_(advantage)
     config = LossConfig(entropy_coef=5.0)
     _, gradients = oracle(case, config)
     _, actual = run(case, config, plan=plan, backend=backend, workspace_bytes=None)

@@ -11,6 +11,7 @@ from torch import Tensor
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.losses import Segments
 from grpo_fast.objectives import Tokens
+from grpo_fast.ops import operators
 from grpo_fast.ops.call import ActiveRows, HeadCall
 from grpo_fast.ops.operators import backward_op, forward_op, objective_op
 
@@ -73,3 +74,18 @@ def test_objective(with_main_grad: bool, dtype: torch.dtype) -> None:
     for want in ([True, True, True], [True, with_main_grad, False]):
         call = wire(dtype, "single_pass", masked=True)
         check(objective_op, *call, tokens, weights, LossConfig().key, None, main_grad, want)
+
+
+def test_products_are_in_the_operands_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Autocast has cast the operands when they enter; inside it would round what is to be float32."""
+    seen = []
+    plain = operators.forward_pass
+
+    def forward_pass(call: HeadCall) -> Any:
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return plain(call)
+
+    monkeypatch.setattr(operators, "forward_pass", forward_pass)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        forward_op(*wire(torch.float32, "forward", masked=False))
+    assert seen == [False]

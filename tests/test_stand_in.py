@@ -307,6 +307,14 @@ def test_waits() -> None:
         assert needs_every_row(config) or (slope_scope(config, has_old=False) != "row") or len(device.waits) == 1
 
 
+@pytest.mark.parametrize("plan", ["single_pass", "recompute", "lean"])
+def test_the_scale_of_float16_is_the_larger_slopes(plan: str) -> None:
+    """B2: an entropy bonus beside advantages of next to nothing, where dx is float16 itself."""
+    case = make_case(1, dtype=torch.float16)
+    case.advantages.fill_(1e-8)
+    check(case, LossConfig(entropy_coef=5.0), plan, workspace_bytes=workspace(97, torch.float16, rows=48))
+
+
 def test_tokens_are_gathered_once_a_call() -> None:
     """A12: not once a tile: the host of a small head has no time for it."""
     case = make_case(7, (22, 21, 14), dtype=torch.bfloat16)

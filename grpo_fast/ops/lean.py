@@ -58,6 +58,7 @@ def lean_backward_pass(
                 wide = out.new_empty(out.shape, dtype=call.accumulator)
                 engine.grad_weight(dx, hidden, wide, None)
                 (out.add_ if accumulate else out.copy_)(unscaled(wide, scale))
+                del wide  # before the next block's
     grad_hidden = None
     if grad_rows is not None:
         grad_hidden = grad_rows = unscaled(grad_rows, scale).to(dtype)
