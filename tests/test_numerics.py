@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from benchmarks.gpu.step import statistics_of
-from grpo_fast.backends import float32_products
+from grpo_fast.backends import torch as torch_backend
 from grpo_fast.backends.base import RowChunk, RowSlopes, Transform, get_backend
-from grpo_fast.backends.float32_products import add_product
+from grpo_fast.backends.torch import add_product
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.loss import grpo_loss, policy_loss, token_logprobs
 from tests.allocations import AllocationSpy
@@ -222,7 +222,7 @@ def test_products_of_parts_are_float32(allowed: str, overwrite: bool) -> None:
 def test_parts_are_made_a_block_at_a_time(
     m: int, k: int, n: int, overwrite: bool, allowed: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(float32_products, "block_elements", lambda device: 64)
+    monkeypatch.setattr(torch_backend, "block_elements", lambda device: 64)
     torch.manual_seed(0)
     wide = torch.randn(m, n + 3)
     left, right, out = torch.randn(k, m).t(), torch.randn(k, n), wide[:, 2 : n + 2]
@@ -238,7 +238,7 @@ def test_parts_are_made_a_block_at_a_time(
 @pytest.mark.parametrize("plan", ["single_pass", "recompute", "lean"])
 def test_memory_where_less_is_allowed(plan: str, allowed: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The parts of a whole head would be several times its size, besides the workspace."""
-    monkeypatch.setattr(float32_products, "block_elements", lambda device: 2**14)
+    monkeypatch.setattr(torch_backend, "block_elements", lambda device: 2**14)
     vocab, width, tokens = 4000, 128, 256
     scratch = get_backend("torch").scratch_bytes(vocab, torch.float32, torch.device("cpu"))
     workspace = scratch + 4 * 64 * vocab

@@ -47,6 +47,7 @@ PlanName = Literal["auto", "single_pass", "frozen_head", "resident", "recompute"
 PLANS: tuple[str, ...] = get_args(PlanName)[1:]
 MIN_TILE_ROWS = 16
 _reported: set[tuple[object, ...]] = set()
+_head_config = lru_cache(maxsize=64)(HeadConfig)
 
 
 # -- how many rows ----------------------------------------------------------------------------------------------------
@@ -297,15 +298,13 @@ class HeadCall:
             bias,
             targets,
             temperature if by_row is None else by_row,
-            _head_config(logit_scale, softcap or None),
+            _head_config(logit_scale=logit_scale, softcap=softcap or None),
             active,
             backend,
             RowBudget(*budget),
             mask.nonzero()[:, 0] if rows is None and mask is not None else rows,
             plan,
         )
-
-    # -- inside one --
 
     @property
     def engine(self) -> Backend:
@@ -379,11 +378,6 @@ class HeadCall:
 def grad_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of the gradients that operators return: the inputs', but float32 for float16, which a loss scaler multiplies."""
     return torch.float32 if dtype == torch.float16 else dtype
-
-
-@lru_cache(maxsize=64)
-def _head_config(logit_scale: float, softcap: float | None) -> HeadConfig:
-    return HeadConfig(logit_scale=logit_scale, softcap=softcap)
 
 
 def listed_rows(active: ActiveRows, num_rows: int = -1) -> Tensor | None:
