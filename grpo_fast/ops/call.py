@@ -273,8 +273,9 @@ class HeadCall:
         active = None if self.active is None else self.active.mask
         tensors = [self.targets, by_row, active, self.rows]
         numbers = [number, float(self.head.logit_scale), float(self.head.softcap or 0.0)]
-        names = f"{self.backend} {self.plan}"
-        return self.hidden, self.weight, self.bias, tensors, numbers, list(self.budget), names
+        budget = self.budget  # not unpacked: torch 2.11's compiler cannot iterate over it
+        rows = [budget.tile_rows, budget.chunk_rows, budget.staged_rows, budget.num_buffers]
+        return self.hidden, self.weight, self.bias, tensors, numbers, rows, f"{self.backend} {self.plan}"
 
     @staticmethod
     def from_wire(
