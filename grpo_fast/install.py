@@ -28,7 +28,7 @@ def install_command(extra: str = "") -> str:
     return f"pip install {'-e ' * editable}'{origin}{suffix}'"
 
 
-def load_module(name: str) -> tuple[Any, str]:
+def load_extension(name: str) -> tuple[Any, str]:
     """(the extension module, "") or, where it is not built, (None, why not)."""
     try:
         return import_module(name), ""

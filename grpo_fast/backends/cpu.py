@@ -29,10 +29,10 @@ from grpo_fast.backends.base import (
     native_objective,
 )
 from grpo_fast.backends.torch import TorchBackend
-from grpo_fast.install import load_module, not_built
+from grpo_fast.install import load_extension, not_built
 
 # After torch: the two share one OpenMP runtime, and gemm_cpu.cpp looks into torch's library.
-_C, _missing = load_module("grpo_fast._C")
+_C, _missing = load_extension("grpo_fast._C")
 
 TILE_ROWS = 64
 """Rows of a logits product; any number gives the same bits, so this only rounds chunks."""

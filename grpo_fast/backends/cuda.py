@@ -29,9 +29,9 @@ from grpo_fast.backends.base import (
 )
 from grpo_fast.backends.devices import old_gpu, padded
 from grpo_fast.backends.torch import TorchBackend
-from grpo_fast.install import load_module, not_built
+from grpo_fast.install import load_extension, not_built
 
-_cuda, _missing = load_module("grpo_fast._cuda")
+_cuda, _missing = load_extension("grpo_fast._cuda")
 
 
 def native() -> Any:
