@@ -1,6 +1,6 @@
 """grpo-fast: the GRPO family of losses straight from hidden states and LM head, and a thin trainer.
 
-    from grpo_fast import grpo_loss, token_logprobs, policy_loss, LossConfig, HeadConfig, Head, register_loss, Loss
+    from grpo_fast import grpo_loss, token_logprobs, policy_loss, LossConfig, HeadConfig, Head, Support, Loss
 
 Importing the package loads nothing; a name brings its room, and these need torch only.
 """
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from grpo_fast.head import Head, head_of
     from grpo_fast.loss import grpo_loss, policy_loss, token_logprobs
     from grpo_fast.losses import Loss, Parameter, TermInputs
+    from grpo_fast.packing import Support
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Loss",
     "LossConfig",
     "Parameter",
+    "Support",
     "TermInputs",
     "grpo_loss",
     "head_of",
@@ -33,6 +35,7 @@ _ROOMS = {
     **dict.fromkeys(("Head", "head_of"), "head"),
     **dict.fromkeys(("HeadConfig", "LossConfig", "register_loss"), "config"),
     **dict.fromkeys(("Loss", "Parameter", "TermInputs"), "losses"),
+    "Support": "packing",
 }
 
 

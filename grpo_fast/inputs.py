@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -18,9 +17,9 @@ from typing import TypeGuard, cast
 import torch
 from torch import Tensor
 
-from grpo_fast.backends.base import group_functions, is_traced, resolve_backend
-from grpo_fast.backends.devices import TRAITS
+from grpo_fast.backends.base import group_functions, resolve_backend
 from grpo_fast.config import HeadConfig, LossConfig
+from grpo_fast.devices import checks_values
 from grpo_fast.head import Head
 from grpo_fast.objectives import (
     Scope,
@@ -37,13 +36,6 @@ from grpo_fast.ops.call import ActiveRows
 
 PLAIN_HEAD = HeadConfig()
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-
-
-def checks_values(tensor: Tensor) -> bool:
-    """Whether checks may read values of `tensor` back."""
-    if is_traced(tensor):
-        return False
-    return not TRAITS[tensor.device.type].asynchronous or os.environ.get("GRPO_FAST_DEBUG", "0") not in ("", "0")
 
 
 def check_tensor(

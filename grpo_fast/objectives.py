@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import accumulate
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from grpo_fast.config import LossConfig
-from grpo_fast.losses import Loss, Segments, TermInputs, clamp
+from grpo_fast.losses import LOSSES, Loss, Segments, TermInputs, clamp
 
 
 @dataclass
@@ -389,3 +391,84 @@ def token_weights(
         lengths = segments.sum(mask).clamp(min=1).to(dtype)
         weights = weights / segments.spread(lengths)
     return weights
+
+
+# -- derivatives, for rows whose kernels do not know the objective ----------------------------------------------------
+
+
+@contextmanager
+def _autograd_inside_operator() -> Iterator[None]:
+    """Record a graph inside a custom operator, which runs below autograd: the dispatcher hides it from there."""
+    keys = torch._C.DispatchKey
+    with (
+        torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False),
+        torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, False),
+        torch.enable_grad(),
+    ):
+        yield
+
+
+def objective_slopes(
+    logprobs: Tensor, entropy: Tensor, tokens: Tokens, weights: Tensor, config: LossConfig
+) -> tuple[Tensor, Tensor | None]:
+    """(d loss / d logprobs, d loss / d entropy or None) `[R]`, by autograd through the objective's formula."""
+    with _autograd_inside_operator():
+        logprobs = logprobs.detach().requires_grad_()
+        entropy = entropy.detach().requires_grad_(config.entropy_coef != 0)
+        terms = objective(logprobs, entropy, tokens, config)
+        loss = total_loss(terms, entropy, weights, config)
+        inputs = [logprobs] + [entropy] * entropy.requires_grad
+        grads = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+    return grads[0], grads[1] if entropy.requires_grad else None
+
+
+# -- token-local objectives in the kernels' terms ---------------------------------------------------------------------
+
+
+_KERNEL_PARAMETERS = tuple(p.name for loss in LOSSES.values() if loss.kernel is not None for p in loss.parameters)
+
+
+class KernelObjective(NamedTuple):
+    """A token-local objective: what is compiled, and numbers by name (a bound that is not there is infinite).
+
+    What a trainer changes from call to call (the bonus's weight and count) is not among it, so that few of these live.
+    `correction`, the train/inference weight: "none", "weight" (known beforehand), "token_truncate" or "token_mask".
+    """
+
+    policy: str
+    kl: str
+    kl_times_ratio: bool
+    correction: str
+    parameters: tuple[tuple[str, float], ...]
+
+
+def kernel_objective(config: LossConfig, tokens: Tokens) -> KernelObjective | None:
+    """The objective of tokens like these; None if it couples them or if no kernel has its term."""
+    if config.record.kernel is None or slope_scope(config, has_old=tokens.old_logprobs is not None) != "row":
+        return None
+    mode = None if tokens.sampling_logprobs is None else config.importance_sampling_mode
+    correction = "weight" if tokens.importance is not None else mode or "none"
+    return _kernel_objective(config.record.kernel, config.key, correction)
+
+
+@lru_cache(maxsize=64)
+def _kernel_objective(policy: str, key: str, correction: str) -> KernelObjective:
+    config = LossConfig.from_key(key)
+    low, high, delta = config.importance_sampling_clip_min, config.importance_sampling_clip_max, config.delta
+    parameters = {
+        "clip_low": 1.0 - config.epsilon,
+        "clip_high": 1.0 + config.upper_epsilon,
+        "clip_bound": config.upper_epsilon,
+        "delta": math.inf if delta is None else delta,
+        "beta": config.beta,
+        "importance_min": -math.inf if low is None else low,
+        "importance_max": math.inf if high is None else high,
+    }
+    parameters |= {name: getattr(config, name) for name in _KERNEL_PARAMETERS}
+    return KernelObjective(
+        policy=policy,
+        kl=config.kl_estimator if config.beta else "none",
+        kl_times_ratio=config.use_bias_correction_kl,
+        correction=correction,
+        parameters=tuple(parameters.items()),
+    )

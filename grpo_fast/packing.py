@@ -1,14 +1,18 @@
-"""Packed sequences: `[T]` tokens of `S` sequences one after another, delimited by `cu_seqlens` `[S+1]`.
+"""Packed sequences: `[T]` tokens of `S` sequences one after another, delimited by `cu_seqlens` `[S+1]`; and the tokens
+that a sampler could have chosen at each of them.
 
-Legend: T packed tokens, S sequences, L tokens of a padded row.
+Legend: T packed tokens, S sequences, L tokens of a padded row, V vocabulary, N token ids of all supports.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from grpo_fast.devices import checks_values
 
 
 @dataclass(frozen=True)
@@ -76,3 +80,151 @@ def unpack(values: Tensor, batch: PackedBatch, *, fill: float = 0.0) -> Tensor:
     padded = values.new_full((*batch.mask.shape, *values.shape[1:]), fill)
     padded[batch.mask] = values
     return padded
+
+
+@dataclass(frozen=True, eq=False)
+class Support:
+    """The tokens that could have been sampled at each position, row by row (compressed sparse rows).
+
+    What top-k, top-p or min-p left of the vocabulary. The policy's distribution lives on them, and with it
+    log-probabilities, entropy, KL and gradients:
+
+        logprob_t = z_t[y_t] - log sum_{v in K_t} exp z_tv        K_t = token_ids[offsets[t] : offsets[t + 1]]
+
+    Attributes:
+        token_ids: `[N]` int32 or int64, row after row; those of a row are distinct, in any order.
+        offsets: `[T+1]` int32 or int64. An empty row stands for the whole vocabulary.
+
+    Raises:
+        ValueError: malformed tensors, or a token twice in a row (values are looked at on the CPU, elsewhere with
+            GRPO_FAST_DEBUG=1).
+
+    Example:
+        >>> support = Support(torch.tensor([7, 3, 9]), torch.tensor([0, 2, 2, 3]))
+        >>> support.num_rows, support.sizes.tolist(), support[2:].token_ids.tolist()
+        (3, [2, 0, 1], [9])
+    """
+
+    token_ids: Tensor
+    offsets: Tensor
+
+    def __post_init__(self) -> None:
+        for name, tensor in (("token_ids", self.token_ids), ("offsets", self.offsets)):
+            if not isinstance(tensor, Tensor) or tensor.dim() != 1 or tensor.dtype not in (torch.int32, torch.int64):
+                raise ValueError(
+                    f"{name}: expected a tensor of one dimension, int32 or int64; got {_described(tensor)}"
+                )
+        if self.offsets.numel() < 1 or self.offsets.device != self.token_ids.device:
+            raise ValueError(
+                f"offsets: expected [T+1] on {self.token_ids.device}, the device of token_ids; got "
+                f"{_described(self.offsets)} on {self.offsets.device}"
+            )
+        if not checks_values(self.token_ids):
+            return
+        num_ids, sizes = self.token_ids.numel(), self.sizes
+        first, last = int(self.offsets[0]), int(self.offsets[-1])
+        if first != 0 or last != num_ids or bool((sizes < 0).any()):
+            raise ValueError(
+                f"offsets: expected 0 = offsets[0] <= offsets[1] <= ... <= offsets[T] = N = {num_ids}; got "
+                f"{first} first, {last} last" + (", and a step down" if bool((sizes < 0).any()) else "")
+            )
+        if bool((self.token_ids < 0).any()):
+            raise ValueError(f"token_ids: expected ids >= 0; got {int(self.token_ids.min())}")
+        keys = (self.rows_of_ids().long() << 32 | self.token_ids.long()).sort().values
+        twice = (keys[1:] == keys[:-1]).nonzero()
+        if twice.numel():
+            row, token = divmod(int(keys[twice[0, 0]]), 2**32)
+            raise ValueError(f"token_ids: expected distinct ids in a row; got {token} twice in row {row}")
+
+    # -- made of what samplers have --
+
+    @staticmethod
+    def from_mask(mask: Tensor) -> Support:
+        """Of `[..., V]` bool, True where a token is kept; leading dimensions are flattened.
+
+        A row without any True stands for the whole vocabulary, as a row that is all True does.
+        """
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() < 2:
+            raise ValueError(f"mask: expected a bool tensor [..., V]; got {_described(mask)}")
+        mask = mask.reshape(-1, mask.shape[-1])
+        mask = mask & ~mask.all(1, keepdim=True)
+        return Support._of(mask.nonzero()[:, 1].int(), _offsets(mask.sum(1)))
+
+    @staticmethod
+    def from_padded(ids: Tensor, pad: int = -1) -> Support:
+        """Of `[..., K]` integers, `pad` where a row has fewer than K; leading dimensions are flattened.
+
+        Raises:
+            ValueError: not such a tensor, a negative id that is not `pad`, or a token twice in a row.
+        """
+        if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64) or ids.dim() < 2:
+            raise ValueError(f"ids: expected an int32 or int64 tensor [..., K]; got {_described(ids)}")
+        ids = ids.reshape(-1, ids.shape[-1])
+        kept = ids != pad
+        return Support(ids[kept], _offsets(kept.sum(1)))
+
+    @staticmethod
+    def cat(parts: Sequence[Support]) -> Support:
+        """The rows of all parts, one after another."""
+        if not parts:
+            raise ValueError("parts: expected at least one Support; got none")
+        return Support._of(torch.cat([part.token_ids for part in parts]), _offsets(torch.cat([p.sizes for p in parts])))
+
+    @staticmethod
+    def _of(token_ids: Tensor, offsets: Tensor) -> Support:
+        """Of what is known to be right."""
+        made = object.__new__(Support)
+        object.__setattr__(made, "token_ids", token_ids)
+        object.__setattr__(made, "offsets", offsets)
+        return made
+
+    # -- looked at --
+
+    @property
+    def num_rows(self) -> int:
+        """T."""
+        return self.offsets.numel() - 1
+
+    @property
+    def sizes(self) -> Tensor:
+        """`[T]` tokens of each row; 0 stands for the whole vocabulary."""
+        return self.offsets.diff()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of both tensors."""
+        return self.token_ids.nbytes + self.offsets.nbytes
+
+    def rows_of_ids(self) -> Tensor:
+        """`[N]` int64, the row of each id."""
+        rows = torch.arange(self.num_rows, device=self.offsets.device)
+        return rows.repeat_interleave(self.sizes, output_size=self.token_ids.numel())
+
+    def __getitem__(self, rows: slice | Tensor) -> Support:
+        """Some of the rows: a slice, indices `[n]`, or a mask `[T]` bool. (On a GPU indices wait for it once.)"""
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(self.num_rows)
+            if step == 1:
+                offsets = self.offsets[start : max(stop, start) + 1]
+                return Support._of(self.token_ids[int(offsets[0]) : int(offsets[-1])], offsets - offsets[0])
+            rows = torch.arange(start, stop, step, device=self.offsets.device)
+        elif rows.dtype == torch.bool:
+            rows = rows.nonzero()[:, 0]
+        offsets = _offsets(self.sizes[rows])
+        entries = torch.arange(int(offsets[-1]), device=rows.device)
+        entries += (self.offsets[rows] - offsets[:-1]).repeat_interleave(offsets.diff(), output_size=entries.numel())
+        return Support._of(self.token_ids[entries], offsets)
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Support:
+        """On another device."""
+        moved = [tensor.to(device, non_blocking=non_blocking) for tensor in (self.token_ids, self.offsets)]
+        return Support._of(*moved)
+
+
+def _offsets(sizes: Tensor) -> Tensor:
+    """`[T+1]` int64."""
+    return torch.cat([sizes.new_zeros(1, dtype=torch.int64), sizes.cumsum(0)])
+
+
+def _described(value: object) -> str:
+    return f"{value.dtype} of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -107,13 +107,18 @@ class Rows:
         }
 
     def dx(self, dtype: torch.dtype) -> Tensor:
-        """Where dx `[R, V]` of a dtype no wider than the logits' goes over the logits: the upper half, if narrower."""
-        if dtype.itemsize > self.logits.dtype.itemsize:
-            raise ValueError(f"dtype: expected at most {self.logits.dtype.itemsize} bytes over the logits; got {dtype}")
-        if dtype.itemsize == self.logits.dtype.itemsize:
-            return self.logits.view(dtype)
-        start = self.num_columns // 8 * 8
-        return self.logits.view(dtype)[:, start : start + self.num_columns]
+        """`dx_over` these logits."""
+        return dx_over(self.logits, dtype)
+
+
+def dx_over(logits: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where dx `[R, V]` of a dtype no wider than the logits' goes over the logits: the upper half, if narrower."""
+    if dtype.itemsize > logits.dtype.itemsize:
+        raise ValueError(f"dtype: expected at most {logits.dtype.itemsize} bytes over the logits; got {dtype}")
+    if dtype.itemsize == logits.dtype.itemsize:
+        return logits.view(dtype)
+    start = logits.shape[1] // 8 * 8
+    return logits.view(dtype)[:, start : start + logits.shape[1]]
 
 
 # -- without a GPU ----------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from grpo_fast.backends import devices
+from grpo_fast import devices
 from grpo_fast.ops.call import tuning
 from tests.allocations import OPERATORS
 from tests.cases import INTERPRETED

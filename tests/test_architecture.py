@@ -94,7 +94,7 @@ def room(module: str) -> str:
 
 
 # Rooms that both the loss and the ops below it speak: what the options, rows and objectives are.
-SHARED = ("config", "packing", "losses", "objectives", "install")
+SHARED = ("config", "devices", "packing", "losses", "objectives", "install")
 
 # room -> rooms it may import from, besides itself. `root` brings the loss when a name is asked for; `reference` is the
 # tests' and doctor's.

@@ -20,12 +20,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_fast.backends.base import kernel_objective
 from grpo_fast.config import LOSS_TYPES, LossConfig
 from grpo_fast.kernels import parameters
 from grpo_fast.kernels.parameters import PARAMETERS
 from grpo_fast.losses import LOSSES, Kernel, Segments
-from grpo_fast.objectives import Tokens, importance_weight, objective
+from grpo_fast.objectives import Tokens, importance_weight, kernel_objective, objective
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 TEST_SOURCES = ["tests/main.cpp", *sorted(f"tests/{path.name}" for path in (CSRC / "tests").glob("test_*.cpp"))]

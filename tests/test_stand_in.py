@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_fast.backends import devices
+from grpo_fast import devices
 from grpo_fast.backends.base import get_backend
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.loss import grpo_loss, token_logprobs

@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from grpo_fast.backends import base as backend
-from grpo_fast.backends.base import _kernel_objective, get_backend, kernel_objective, native_objective, resolve_backend
+from grpo_fast.backends.base import get_backend, native_objective, resolve_backend
 from grpo_fast.backends.triton import _objective
 from grpo_fast.config import LossConfig
 from grpo_fast.inputs import token_inputs
 from grpo_fast.losses import Segments
-from grpo_fast.objectives import Tokens
+from grpo_fast.objectives import Tokens, _kernel_objective, kernel_objective
 from grpo_fast.ops import operators
 from grpo_fast.ops.call import default_workspace_bytes, row_budget, tuning
 

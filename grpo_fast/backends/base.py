@@ -13,22 +13,19 @@ row to `_FACTORIES`. What it may ask of a device is in `devices.py`.
 from __future__ import annotations
 
 import logging
-import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, lru_cache
+from functools import cache, cached_property, lru_cache
 from importlib import import_module
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from grpo_fast.backends.devices import TRAITS
 from grpo_fast.config import HeadConfig, LossConfig
-from grpo_fast.losses import LOSSES
-from grpo_fast.objectives import Tokens, objective, slope_scope, total_loss
+from grpo_fast.devices import TRAITS, is_traced
+from grpo_fast.objectives import KernelObjective, Tokens, kernel_objective, objective_slopes
 
 logger = logging.getLogger("grpo_fast")
 
@@ -58,17 +55,59 @@ class Transform:
 
 @dataclass(frozen=True)
 class RowChunk:
-    """Rows of raw products, as every row function gets them.
+    """Rows of raw products, as every row function gets them: dense, or each of its own length.
 
     Attributes:
-        logits: raw products `[R, V]`. targets: `[R]` int64. transform: of these rows.
+        logits: raw products `[R, V]`; or with `offsets` `[N]`, row t being `logits[offsets[t]:offsets[t + 1]]`.
+        targets: `[R]` int64, vocabulary indices; or with `offsets` places in the row, -1 where it is not there.
+        transform: of these rows; with `offsets` its bias is `[N]`.
         vocab_start: the vocabulary index of column 0, when the chunk holds a block of the vocabulary.
+        offsets: `[R+1]` int64 from 0 on, or None. No row is empty, but where a chunk is a block of the vocabulary.
+        longest: the length of the longest row, where there are offsets.
     """
 
     logits: Tensor
     targets: Tensor
     transform: Transform
     vocab_start: int = 0
+    offsets: Tensor | None = None
+    longest: int = 0
+
+    @property
+    def num_rows(self) -> int:
+        """R."""
+        return self.targets.numel()
+
+
+@dataclass(frozen=True)
+class RowIds:
+    """Rows' supports: the vocabulary ids that a row's raw products are of.
+
+    Attributes:
+        ids: `[N]` int32, row after row. offsets: `[R+1]` int64 from 0 on.
+        rows: `[N]` int64, the row of each id.
+    """
+
+    ids: Tensor
+    offsets: Tensor
+    rows: Tensor
+
+    @cached_property
+    def by_id(self) -> ById:
+        """The same entries in the order of their ids."""
+        ids, entries = self.ids.sort(stable=True)
+        return ById(ids, entries, self.rows[entries])
+
+
+class ById(NamedTuple):
+    """Entries of `RowIds`, those of an id side by side, ascending in id, then in row.
+
+    ids: `[N]` int32. entries: `[N]` int64, places in `RowIds.ids`. rows: `[N]` int64, the row of each.
+    """
+
+    ids: Tensor
+    entries: Tensor
+    rows: Tensor
 
 
 class RowStatistics(NamedTuple):
@@ -134,6 +173,10 @@ class RowObjective:
         given = {"advantages": self.tokens.advantages, "weights": self.weights}
         return _float32(given | self.tokens.optional(lambda values: values))
 
+    def slopes(self, logprobs: Tensor, entropy: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Of the loss in both, `[R]`, by autograd."""
+        return objective_slopes(logprobs, entropy, self.tokens, self.weights, self.config)
+
     def entropy_slope(self) -> Tensor | None:
         """d loss / d entropy of every row, `[1]` float32 on the device, or None for zero."""
         if self.config.entropy_coef == 0:
@@ -154,58 +197,6 @@ class GroupFunctions(NamedTuple):
 
     advantages: Callable[..., Tensor]
     token_rows: Callable[..., None]
-
-
-# -- objectives in the kernels' terms ---------------------------------------------------------------------------------
-
-
-_KERNEL_PARAMETERS = tuple(p.name for loss in LOSSES.values() if loss.kernel is not None for p in loss.parameters)
-
-
-class KernelObjective(NamedTuple):
-    """A token-local objective: what is compiled, and numbers by name (a bound that is not there is infinite).
-
-    What a trainer changes from call to call (the bonus's weight and count) is not among it, so that few of these live.
-    `correction`, the train/inference weight: "none", "weight" (known beforehand), "token_truncate" or "token_mask".
-    """
-
-    policy: str
-    kl: str
-    kl_times_ratio: bool
-    correction: str
-    parameters: tuple[tuple[str, float], ...]
-
-
-def kernel_objective(config: LossConfig, tokens: Tokens) -> KernelObjective | None:
-    """The objective of tokens like these; None if it couples them or if no kernel has its term."""
-    if config.record.kernel is None or slope_scope(config, has_old=tokens.old_logprobs is not None) != "row":
-        return None
-    mode = None if tokens.sampling_logprobs is None else config.importance_sampling_mode
-    correction = "weight" if tokens.importance is not None else mode or "none"
-    return _kernel_objective(config.record.kernel, config.key, correction)
-
-
-@lru_cache(maxsize=64)
-def _kernel_objective(policy: str, key: str, correction: str) -> KernelObjective:
-    config = LossConfig.from_key(key)
-    low, high, delta = config.importance_sampling_clip_min, config.importance_sampling_clip_max, config.delta
-    parameters = {
-        "clip_low": 1.0 - config.epsilon,
-        "clip_high": 1.0 + config.upper_epsilon,
-        "clip_bound": config.upper_epsilon,
-        "delta": math.inf if delta is None else delta,
-        "beta": config.beta,
-        "importance_min": -math.inf if low is None else low,
-        "importance_max": math.inf if high is None else high,
-    }
-    parameters |= {name: getattr(config, name) for name in _KERNEL_PARAMETERS}
-    return KernelObjective(
-        policy=policy,
-        kl=config.kl_estimator if config.beta else "none",
-        kl_times_ratio=config.use_bias_correction_kl,
-        correction=correction,
-        parameters=tuple(parameters.items()),
-    )
 
 
 # -- what a backend is ------------------------------------------------------------------------------------------------
@@ -269,7 +260,63 @@ class Backend(ABC):
         `base` `[V, H]` is float32 and may be overwritten; None stands for zero. It is often `out` itself.
         """
 
+    # -- products on supports ----------------------------------------------------------------------------------------
+
+    def sparse_limit(self, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+        """Tokens of the largest support whose row is computed from gathered rows of the weight, not by a product.
+
+        It depends on nothing else, so that all passes over the same weights compute a row in the same way.
+        """
+        return max(vocab // self.sparse_share(dtype, device), 1)
+
+    @abstractmethod
+    def sparse_share(self, dtype: torch.dtype, device: torch.device) -> int:
+        """V over `sparse_limit`: how much dearer a gathered product is than one of a matrix product's."""
+
+    @abstractmethod
+    def sparse_logits(self, hidden: Tensor, weight: Tensor, of: RowIds, out: Tensor) -> None:
+        """out `[N]` float32: out_j = hidden[row of j] . weight[id of j], unrounded."""
+
+    @abstractmethod
+    def sparse_grad_hidden(self, dx: Tensor, weight: Tensor, of: RowIds, out: Tensor) -> None:
+        """out `[R, H]` = sum_j dx_j weight[id of j] over each row's entries, summed in float32; dx `[N]` float32."""
+
+    @abstractmethod
+    def sparse_grad_weight(self, dx: Tensor, hidden: Tensor, of: RowIds, out: Tensor) -> None:
+        """out[v] += sum_j dx_j hidden[row of j] over the entries of each id v that occurs, and nowhere else.
+
+        out `[V, H]` of any dtype; the sum is taken in float32, with what is there, and rounded once.
+        """
+
+    def sparse_objective(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        of: RowIds,
+        rows: RowChunk,
+        objective: RowObjective,
+        results: ObjectiveResults,
+        grad_hidden: Tensor | None,
+    ) -> Tensor:
+        """All of rows on their supports but the weight's gradient; returns dx `[N]` float32, over `rows.logits`.
+
+        A backend that does it in one visit of each row overrides it where `objective.kernel` is there.
+
+        Args:
+            hidden: `[R, H]`. rows: `logits` `[N]` yet to be computed.
+            grad_hidden: `[R, H]` where dHidden goes, or None.
+        """
+        self.sparse_logits(hidden, weight, of, rows.logits)
+        dx = self.objective_rows(rows, objective, results, dtype=rows.logits.dtype)
+        if grad_hidden is not None:
+            self.sparse_grad_hidden(dx, weight, of, grad_hidden)
+        return dx
+
     # -- row functions -----------------------------------------------------------------------------------------------
+
+    def dx_place(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        """Where dx `[R, V]` for operands of `dtype` goes over raw products `[R, V]`."""
+        raise NotImplementedError
 
     @abstractmethod
     def statistics(self, rows: RowChunk, out: RowStatistics) -> None:
@@ -305,7 +352,9 @@ class Backend(ABC):
         """
         lse = torch.empty_like(results.entropy)
         self.statistics(rows, RowStatistics(results.logprobs, results.entropy, lse))
-        g, e = objective_slopes(results.logprobs, results.entropy, objective)
+        g, e = objective_slopes(
+            results.logprobs, results.entropy, objective.tokens, objective.weights, objective.config
+        )
         torch.ne(g, 0, out=results.live)
         if e is not None:
             results.live.logical_or_(e != 0)
@@ -326,30 +375,6 @@ class Backend(ABC):
         return None
 
 
-@contextmanager
-def _autograd_inside_operator() -> Iterator[None]:
-    """Record a graph inside a custom operator, which runs below autograd: the dispatcher hides it from there."""
-    keys = torch._C.DispatchKey
-    with (
-        torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False),
-        torch._C._SetExcludeDispatchKeyGuard(keys.ADInplaceOrView, False),
-        torch.enable_grad(),
-    ):
-        yield
-
-
-def objective_slopes(logprobs: Tensor, entropy: Tensor, own: RowObjective) -> tuple[Tensor, Tensor | None]:
-    """(d loss / d logprobs, d loss / d entropy or None) `[R]`, by autograd through the objective's formula."""
-    with _autograd_inside_operator():
-        logprobs = logprobs.detach().requires_grad_()
-        entropy = entropy.detach().requires_grad_(own.config.entropy_coef != 0)
-        terms = objective(logprobs, entropy, own.tokens, own.config)
-        loss = total_loss(terms, entropy, own.weights, own.config)
-        inputs = [logprobs] + [entropy] * entropy.requires_grad
-        grads = torch.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
-    return grads[0], grads[1] if entropy.requires_grad else None
-
-
 # -- what C++ takes: addresses and sizes, as the modules do not link torch --------------------------------------------
 
 
@@ -364,7 +389,7 @@ def native_dtype(module: Any, dtype: torch.dtype) -> Any:
 
 
 class NativeRows:
-    """A chunk of logits `[R, V]` float32 as the module's `Rows`, and what its addresses point to."""
+    """A chunk of raw products, float32, as the module's `Rows`, and what its addresses point to."""
 
     def __init__(self, module: Any, rows: RowChunk) -> None:
         logits, transform = rows.logits, rows.transform
@@ -373,11 +398,12 @@ class NativeRows:
         bias = None if transform.bias is None else transform.bias.float().contiguous()
         targets = rows.targets.contiguous()
         self.kept = (logits, targets, bias, per_row)
+        sparse = rows.offsets is not None
         self.native = module.Rows(
             **addresses(logits=logits, targets=targets, bias=bias, row_temperature=per_row),
-            num_rows=logits.shape[0],
-            num_columns=logits.shape[1],
-            row_stride=logits.stride(0),
+            num_rows=rows.num_rows,
+            num_columns=0 if sparse else logits.shape[1],
+            row_stride=0 if sparse else logits.stride(0),
             logit_scale=transform.head.logit_scale,
             softcap=transform.head.softcap or 0.0,
             temperature=1.0 if isinstance(temperature, Tensor) else temperature,
@@ -450,11 +476,6 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype = torch.
         _announced.add((chosen, device.type))
         logger.info("backend auto: using %r on %s%s", chosen, device.type, passed_over)
     return "torch" if dtype == torch.float64 else chosen
-
-
-def is_traced(tensor: Tensor) -> bool:
-    """Whether there are no values to read or to hand to native code: a compiler or a fake mode is looking on."""
-    return torch.compiler.is_compiling() or torch._guards.detect_fake_mode(tensor) is not None
 
 
 def group_functions(values: Tensor, backend: str) -> GroupFunctions | None:

@@ -128,13 +128,22 @@ class CpuBackend(TorchBackend):
             threads=threads,
         )
 
+    def dx_place(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        """A narrow row takes the first half of its own logits."""
+        return logits.view(_dx_dtype(dtype))[:, : logits.shape[1]]
+
     # -- row functions -----------------------------------------------------------------------------------------------
 
     def statistics(self, rows: RowChunk, out: RowStatistics) -> None:
+        if rows.offsets is not None:
+            super().statistics(rows, out)
+            return
         native_rows = NativeRows(_C, rows)
         _C.row_statistics(native_rows.native, **addresses(**out._asdict()), threads=torch.get_num_threads())
 
     def gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        if rows.offsets is not None:
+            return super().gradient(rows, slopes, dtype=dtype, out=out)
         native_rows, kept = NativeRows(_C, rows), slopes.tensors()
         _C.row_gradient(
             native_rows.native,
@@ -143,7 +152,8 @@ class CpuBackend(TorchBackend):
             dtype=_dtype(_dx_dtype(dtype)),
             threads=torch.get_num_threads(),
         )
-        return _dx(rows.logits, dtype, out)
+        dx = self.dx_place(rows.logits, dtype)  # where C++ left it
+        return dx if out is None else out.copy_(dx)
 
     def objective_rows(
         self,
@@ -154,7 +164,7 @@ class CpuBackend(TorchBackend):
         dtype: torch.dtype,
         out: Tensor | None = None,
     ) -> Tensor:
-        if (kernel := objective.kernel) is None:
+        if (kernel := objective.kernel) is None or rows.offsets is not None:
             return super().objective_rows(rows, objective, results, dtype=dtype, out=out)
         native_rows, kept = NativeRows(_C, rows), objective.tensors()
         _C.row_objective(
@@ -167,7 +177,8 @@ class CpuBackend(TorchBackend):
             **addresses(**results._asdict()),
             threads=torch.get_num_threads(),
         )
-        return _dx(rows.logits, dtype, out)
+        dx = self.dx_place(rows.logits, dtype)  # where C++ left it
+        return dx if out is None else out.copy_(dx)
 
     def group_functions(self) -> GroupFunctions:
         return GroupFunctions(_group_advantages, _token_rows)
@@ -249,12 +260,6 @@ def _multiplies(dtype: torch.dtype) -> bool:
 def _dx_dtype(dtype: torch.dtype) -> torch.dtype:
     """Of dx for operands of `dtype`: narrow where narrow products exist, else torch multiplies float32."""
     return dtype if _multiplies(dtype) else torch.float32
-
-
-def _dx(logits: Tensor, dtype: torch.dtype, out: Tensor | None) -> Tensor:
-    """dx `[R, V]`, which C++ left over logits `[R, V]`: a narrow row takes the first half of its own logits."""
-    dx = logits.view(_dx_dtype(dtype))[:, : logits.shape[1]]
-    return dx if out is None else out.copy_(dx)
 
 
 def _scratch(like: Tensor) -> tuple[Tensor, int]:

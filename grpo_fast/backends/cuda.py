@@ -27,8 +27,8 @@ from grpo_fast.backends.base import (
     native_dtype,
     native_objective,
 )
-from grpo_fast.backends.devices import old_gpu, padded
 from grpo_fast.backends.torch import TorchBackend
+from grpo_fast.devices import old_gpu, padded
 from grpo_fast.install import load_extension, not_built
 
 _cuda, _missing = load_extension("grpo_fast._cuda")
@@ -58,7 +58,17 @@ class CudaBackend(TorchBackend):
     def row_pitch(self, vocab: int) -> int:
         return padded(vocab)
 
+    def dx_place(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        """The same places, or narrow rows in the upper halves of theirs."""
+        if dtype == torch.float32:
+            return logits
+        first = _cuda.narrow_offset(logits.shape[1]) // dtype.itemsize
+        return logits.view(dtype)[:, first : first + logits.shape[1]]
+
     def statistics(self, rows: RowChunk, out: RowStatistics) -> None:
+        if rows.offsets is not None:
+            super().statistics(rows, out)
+            return
         native_rows = NativeRows(_cuda, rows)
         _cuda.row_statistics(
             native_rows.native,
@@ -67,8 +77,10 @@ class CudaBackend(TorchBackend):
         )
 
     def gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        if rows.offsets is not None:
+            return super().gradient(rows, slopes, dtype=dtype, out=out)
         native_rows, kept = NativeRows(_cuda, rows), slopes.tensors()
-        dx = _over(rows.logits, dtype) if out is None else out
+        dx = self.dx_place(rows.logits, dtype) if out is None else out
         _cuda.row_gradient(
             native_rows.native,
             **addresses(**kept),
@@ -87,10 +99,10 @@ class CudaBackend(TorchBackend):
         dtype: torch.dtype,
         out: Tensor | None = None,
     ) -> Tensor:
-        if (kernel := objective.kernel) is None:
+        if (kernel := objective.kernel) is None or rows.offsets is not None:
             return super().objective_rows(rows, objective, results, dtype=dtype, out=out)
         native_rows = NativeRows(_cuda, rows)
-        dx = _over(rows.logits, dtype) if out is None else out
+        dx = self.dx_place(rows.logits, dtype) if out is None else out
         kept = objective.tensors()
         kept |= {"entropy_gradient": objective.entropy_slope(), "grad_scale": objective.scale_tensor()}
         _cuda.row_objective(
@@ -102,14 +114,6 @@ class CudaBackend(TorchBackend):
             **_queue(rows.logits),
         )
         return dx
-
-
-def _over(logits: Tensor, dtype: torch.dtype) -> Tensor:
-    """Where dx `[R, V]` goes over logits `[R, V]`: the same places, or narrow rows in the upper halves of theirs."""
-    if dtype == torch.float32:
-        return logits
-    first = _cuda.narrow_offset(logits.shape[1]) // dtype.itemsize
-    return logits.view(dtype)[:, first : first + logits.shape[1]]
 
 
 def _dx(dx: Tensor) -> dict[str, Any]:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from grpo_fast.backends.base import Backend, RowChunk, RowSlopes, RowStatistics, Transform
-from grpo_fast.backends.devices import TRAITS
+from grpo_fast.backends.base import Backend, RowChunk, RowIds, RowSlopes, RowStatistics, Transform
+from grpo_fast.devices import TRAITS
 
 MIN_ROW_BLOCK = 16
 UPCAST_BYTES = 32 * 2**20
@@ -89,43 +91,107 @@ class TorchBackend(Backend):
         if wide is not out:
             out.copy_(wide)
 
+    # -- products on supports: blocks of entries, of gathered rows ---------------------------------------------------
+
+    def sparse_share(self, dtype: torch.dtype, device: torch.device) -> int:
+        return 64  # TODO measure
+
+    def sparse_logits(self, hidden: Tensor, weight: Tensor, of: RowIds, out: Tensor) -> None:
+        for block in _entry_blocks(out.numel(), hidden):
+            left = hidden[of.rows[block]].to(out.dtype)
+            torch.mul(left, weight[of.ids[block]], out=left)
+            torch.sum(left, 1, out=out[block])
+
+    def sparse_grad_hidden(self, dx: Tensor, weight: Tensor, of: RowIds, out: Tensor) -> None:
+        out.copy_(_segment_sums(dx, weight, of.ids, of.offsets))
+
+    def sparse_grad_weight(self, dx: Tensor, hidden: Tensor, of: RowIds, out: Tensor) -> None:
+        ids, entries, rows = of.by_id
+        ids, counts = ids.unique_consecutive(return_counts=True)
+        ids = ids.long()
+        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        sums = _segment_sums(dx[entries], hidden, rows, offsets)
+        out[ids] = sums.add_(out[ids]).to(out.dtype)
+
     # -- row functions -----------------------------------------------------------------------------------------------
 
-    def statistics(self, rows: RowChunk, out: RowStatistics) -> None:
-        logits, transform = rows.logits, rows.transform
-        columns, inside = _columns(rows)
-        for block in _row_blocks(logits):
-            z = _transformed(logits[block], transform, block)
-            log_p = torch.log_softmax(z, dim=-1)
-            own = log_p.gather(1, columns[block])[:, 0]
-            out.logprobs[block] = torch.where(inside[block], own, torch.nan)
-            out.lse[block] = z.amax(-1) - log_p.amax(-1)
-            probabilities = log_p.exp()
-            # A probability of zero has log -inf; its product must be zero, not NaN.
-            finite_log_p = log_p.clamp_(min=torch.finfo(log_p.dtype).min)
-            out.entropy[block] = -probabilities.mul_(finite_log_p).sum(-1)
-
-    def gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        logits, transform, g, e = rows.logits, rows.transform, slopes.g, slopes.e
-        columns, inside = _columns(rows)
-        one_hot = torch.where(inside, g, 0.0)[:, None]
+    def dx_place(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
         narrow = dtype.itemsize < logits.dtype.itemsize and TRAITS[logits.device.type].wide_products
         # A row's narrow result lies over the first half of its own logits, which have been read by then.
-        over = logits.view(dtype)[:, : logits.shape[1]] if narrow else logits
-        dx = over if out is None else out
-        for block in _row_blocks(logits):
-            z = _transformed(logits[block], transform, block)
-            log_p = z - slopes.lse[block, None]
-            grad = log_p.exp()
-            if e is None:
-                grad.mul_(-g[block, None])
-            else:
-                tilt = log_p.clamp_(min=torch.finfo(log_p.dtype).min).add_(slopes.entropy[block, None])
-                tilt.mul_(grad).mul_(-e[block, None])  # p first: 0 times the lowest number is 0, e times it infinite
-                grad.mul_(-g[block, None]).add_(tilt)
-            grad.scatter_add_(1, columns[block], one_hot[block])
-            dx[block].copy_(_through_transform(grad, z, transform, block))
-        return dx
+        return logits.view(dtype)[:, : logits.shape[1]] if narrow else logits
+
+    def statistics(self, rows: RowChunk, out: RowStatistics) -> None:
+        for part, dense in _dense(rows):
+            _statistics(dense, RowStatistics(*(whole[part] for whole in out)))
+
+    def gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        if rows.offsets is None:
+            dx = self.dx_place(rows.logits, dtype) if out is None else out
+            _gradient(_Dense(rows), slopes, dx)
+            return dx
+        for part, dense in _dense(rows):
+            _gradient(dense, slopes.part(part), dense.rows.logits)
+            assert dense.places is not None
+            rows.logits[dense.places[dense.valid]] = dense.rows.logits[dense.valid]
+        return rows.logits
+
+
+class _Dense(NamedTuple):
+    """Rows of one length: as they came, or padded, with which columns are `valid` and their `places` in `[N]`."""
+
+    rows: RowChunk
+    valid: Tensor | None = None
+    places: Tensor | None = None
+
+
+def _dense(rows: RowChunk) -> Iterator[tuple[slice, _Dense]]:
+    """(which rows, the same padded to the longest) of rows of different lengths, a block at a time."""
+    if rows.offsets is None:
+        yield slice(None), _Dense(rows)
+        return
+    columns = torch.arange(rows.longest, device=rows.logits.device)
+    for part in _row_blocks(rows.num_rows, max(rows.longest, 1), rows.logits.device):
+        starts, ends = rows.offsets[part, None], rows.offsets[part.start + 1 : part.stop + 1, None]
+        places = starts + columns
+        valid = places < ends
+        places = places.clamp_(max=rows.logits.numel() - 1)
+        transform = rows.transform.rows(part)
+        if transform.bias is not None:
+            transform = replace(transform, bias=transform.bias[places])
+        yield part, _Dense(RowChunk(rows.logits[places], rows.targets[part], transform), valid, places)
+
+
+def _statistics(dense: _Dense, out: RowStatistics) -> None:
+    rows = dense.rows
+    columns, inside = _columns(rows)
+    for block in _row_blocks(rows.num_rows, rows.logits.shape[1], rows.logits.device):
+        z = _transformed(dense, block)
+        log_p = torch.log_softmax(z, dim=-1)
+        own = log_p.gather(1, columns[block])[:, 0]
+        out.logprobs[block] = torch.where(inside[block], own, torch.nan)
+        out.lse[block] = z.amax(-1) - log_p.amax(-1)
+        probabilities = log_p.exp()
+        # A probability of zero has log -inf; its product must be zero, not NaN.
+        finite_log_p = log_p.clamp_(min=torch.finfo(log_p.dtype).min)
+        out.entropy[block] = -probabilities.mul_(finite_log_p).sum(-1)
+
+
+def _gradient(dense: _Dense, slopes: RowSlopes, dx: Tensor) -> None:
+    rows, g, e = dense.rows, slopes.g, slopes.e
+    columns, inside = _columns(rows)
+    one_hot = torch.where(inside, g, 0.0)[:, None]
+    for block in _row_blocks(rows.num_rows, rows.logits.shape[1], rows.logits.device):
+        z = _transformed(dense, block)
+        log_p = z - slopes.lse[block, None]
+        grad = log_p.exp()
+        if e is None:
+            grad.mul_(-g[block, None])
+        else:
+            tilt = log_p.clamp_(min=torch.finfo(log_p.dtype).min).add_(slopes.entropy[block, None])
+            tilt.mul_(grad).mul_(-e[block, None])  # p first: 0 times the lowest number is 0, e times it infinite
+            grad.mul_(-g[block, None]).add_(tilt)
+        grad.scatter_add_(1, columns[block], one_hot[block])
+        dx[block].copy_(_through_transform(grad, z, rows.transform, block))
 
 
 def _columns(rows: RowChunk) -> tuple[Tensor, Tensor]:
@@ -135,15 +201,18 @@ def _columns(rows: RowChunk) -> tuple[Tensor, Tensor]:
     return columns.clamp(0, rows.logits.shape[1] - 1)[:, None], inside
 
 
-def _transformed(block: Tensor, transform: Transform, rows: slice) -> Tensor:
-    """Logits z of a block of raw products; the block itself where there is nothing to do, else a new tensor."""
-    z = block if transform.bias is None else block + transform.bias
+def _transformed(dense: _Dense, rows: slice) -> Tensor:
+    """Logits z of a block of raw products, -inf where padded; the block itself where there is nothing to do."""
+    block, transform = dense.rows.logits[rows], dense.rows.transform
+    bias = transform.bias
+    z = block if bias is None else block + (bias if bias.dim() == 1 else bias[rows])
     if transform.head.logit_scale != 1.0:
         z = z * transform.head.logit_scale
     if transform.head.softcap is not None:
         z = (z / transform.head.softcap).tanh_().mul_(transform.head.softcap)
     temperature = _row_temperature(transform, rows)
-    return z if temperature is None else z / temperature
+    z = z if temperature is None else z / temperature
+    return z if dense.valid is None else z.masked_fill(~dense.valid[rows], -torch.inf)
 
 
 def _through_transform(grad: Tensor, z: Tensor, transform: Transform, rows: slice) -> Tensor:
@@ -167,12 +236,45 @@ def _row_temperature(transform: Transform, rows: slice) -> float | Tensor | None
     return None if transform.temperature == 1.0 else transform.temperature
 
 
-def _row_blocks(logits: Tensor) -> Iterator[slice]:
-    num_rows, num_columns = logits.shape
-    elements = TRAITS[logits.device.type].row_block_elements
+def _row_blocks(num_rows: int, num_columns: int, device: torch.device) -> Iterator[slice]:
+    elements = TRAITS[device.type].row_block_elements
     step = max(MIN_ROW_BLOCK, elements // num_columns // MIN_ROW_BLOCK * MIN_ROW_BLOCK)
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
+
+
+# -- sums of gathered rows --------------------------------------------------------------------------------------------
+
+
+def _entry_blocks(num_entries: int, like: Tensor) -> Iterator[slice]:
+    """Entries whose gathered rows `[., H]` of `like` make a block."""
+    step = max(TRAITS[like.device.type].row_block_elements // max(like.shape[1], 1), 1)
+    for start in range(0, num_entries, step):
+        yield slice(start, min(start + step, num_entries))
+
+
+def _segment_sums(factors: Tensor, values: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
+    """`[S, H]`: sum_j factors_j values[index_j] over offsets[s] <= j < offsets[s + 1], in the dtype of the factors.
+
+    No atomic additions: one order, the same on every run. A segment that blocks cut apart is added up block by block.
+    """
+    num_segments = offsets.numel() - 1
+    sums = factors.new_zeros(num_segments, values.shape[1])
+    for block in _entry_blocks(factors.numel(), values):
+        inside = offsets.clamp(block.start, block.stop) - block.start
+        terms = values[index[block]].to(factors.dtype) * factors[block, None]
+        first, last = _segments_of(offsets, block)
+        part = torch.segment_reduce(terms, "sum", offsets=inside[first : last + 1], axis=0, unsafe=True, initial=0.0)
+        sums[first:last] += part
+    return sums
+
+
+def _segments_of(offsets: Tensor, block: slice) -> tuple[int, int]:
+    """Segments `first` to `last`, the latter left out, that have entries in a block. A GPU is waited for."""
+    first = torch.searchsorted(offsets, block.start, right=True) - 1
+    last = torch.searchsorted(offsets, block.stop)
+    first, last = torch.stack([first, last]).tolist()
+    return first, last
 
 
 def _upcasts(dtype: torch.dtype, device: torch.device) -> bool:

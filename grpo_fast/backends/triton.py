@@ -19,7 +19,6 @@ from torch import Tensor
 
 from grpo_fast.backends.base import (
     GroupFunctions,
-    KernelObjective,
     ObjectiveResults,
     RowChunk,
     RowObjective,
@@ -27,8 +26,9 @@ from grpo_fast.backends.base import (
     RowStatistics,
     Transform,
 )
-from grpo_fast.backends.devices import old_gpu, padded
 from grpo_fast.backends.torch import TorchBackend
+from grpo_fast.devices import old_gpu, padded
+from grpo_fast.objectives import KernelObjective
 
 
 class TritonBackend(TorchBackend):
@@ -52,16 +52,26 @@ class TritonBackend(TorchBackend):
     def row_pitch(self, vocab: int) -> int:
         return padded(vocab)
 
+    def dx_place(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
+        from grpo_fast.kernels.rows import dx_over
+
+        return dx_over(logits, dtype)
+
     def statistics(self, rows: RowChunk, out: RowStatistics) -> None:
+        if rows.offsets is not None:
+            super().statistics(rows, out)
+            return
         from grpo_fast.kernels.row_statistics import row_statistics_of
 
         row_statistics_of(_rows(rows), out)
 
     def gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+        if rows.offsets is not None:
+            return super().gradient(rows, slopes, dtype=dtype, out=out)
         from grpo_fast.kernels.row_gradient import row_gradient_of
 
         chunk = _rows(rows)
-        dx = chunk.dx(dtype) if out is None else out
+        dx = self.dx_place(rows.logits, dtype) if out is None else out
         row_gradient_of(chunk, **slopes.tensors(), dx=dx, vocab_start=rows.vocab_start)
         return dx
 
@@ -74,12 +84,12 @@ class TritonBackend(TorchBackend):
         dtype: torch.dtype,
         out: Tensor | None = None,
     ) -> Tensor:
-        if (kernel := objective.kernel) is None:
+        if (kernel := objective.kernel) is None or rows.offsets is not None:
             return super().objective_rows(rows, objective, results, dtype=dtype, out=out)
         from grpo_fast.kernels.row_objective import row_objective_of
 
         chunk, device = _rows(rows), rows.logits.device
-        dx = chunk.dx(dtype) if out is None else out
+        dx = self.dx_place(rows.logits, dtype) if out is None else out
         row_objective_of(
             chunk,
             _objective(kernel, device),

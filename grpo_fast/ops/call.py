@@ -36,8 +36,8 @@ import torch
 from torch import Tensor
 
 from grpo_fast.backends.base import Backend, Transform, get_backend
-from grpo_fast.backends.devices import TRAITS
 from grpo_fast.config import HeadConfig
+from grpo_fast.devices import TRAITS
 from grpo_fast.losses import Segments
 from grpo_fast.objectives import Scope
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from grpo_fast.backends.base import get_backend, is_traced
-from grpo_fast.backends.devices import TRAITS
+from grpo_fast.backends.base import get_backend
 from grpo_fast.config import LossConfig
+from grpo_fast.devices import TRAITS, is_traced
 from grpo_fast.objectives import Tokens
 from grpo_fast.ops.call import HeadCall, grad_dtype
 from grpo_fast.ops.lean import lean_backward_pass

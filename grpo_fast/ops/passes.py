@@ -35,8 +35,8 @@ import torch
 from torch import Tensor
 
 from grpo_fast.backends.base import ObjectiveResults, RowChunk, RowObjective, RowSlopes, RowStatistics
-from grpo_fast.backends.devices import TRAITS
 from grpo_fast.config import LossConfig
+from grpo_fast.devices import TRAITS
 from grpo_fast.objectives import Tokens, slope_beside_advantage
 from grpo_fast.ops.call import HeadCall
 from grpo_fast.ops.row_stream import RowStream

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from grpo_fast.backends.devices import TRAITS
+from grpo_fast.devices import TRAITS
 
 
 @cache

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from grpo_fast import devices
 from grpo_fast.backends import cuda as cuda_backend
-from grpo_fast.backends import devices
 from grpo_fast.backends import triton as triton_backend
 from grpo_fast.backends.base import get_backend
 from grpo_fast.config import LossConfig

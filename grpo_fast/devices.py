@@ -6,11 +6,13 @@ To serve another kind of device, add a row to `TRAITS`. Tests put a GPU's row in
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def _cuda_memory(device: torch.device) -> int:
@@ -73,6 +75,18 @@ TRAITS = _Table(
     ),
 )
 """By `device.type`."""
+
+
+def is_traced(tensor: Tensor) -> bool:
+    """Whether there are no values to read or to hand to native code: a compiler or a fake mode is looking on."""
+    return torch.compiler.is_compiling() or torch._guards.detect_fake_mode(tensor) is not None
+
+
+def checks_values(tensor: Tensor) -> bool:
+    """Whether checks may read values of `tensor` back: always on the CPU, elsewhere with GRPO_FAST_DEBUG=1."""
+    if is_traced(tensor):
+        return False
+    return not TRAITS[tensor.device.type].asynchronous or os.environ.get("GRPO_FAST_DEBUG", "0") not in ("", "0")
 
 
 PITCH = 64
