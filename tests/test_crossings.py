@@ -9,7 +9,7 @@ import pytest
 
 from tests.crossings import Crossings, count
 
-MAX_FILES = 10
+MAX_FILES = 11
 """Of a dapo step on `cpu` whose products the extension does."""
 TORCH_PRODUCTS = 1
 """Files besides where torch does them: float32, and narrow types without the instructions."""
