@@ -103,7 +103,7 @@ def _sparse_logits_kernel(
     weight_stride,
     ids,  # [N] int32
     offsets,  # [R + 1] int64
-    logits,  # [N] float32, out
+    products,  # [N] float32, out: x
     width,  # H
     ENTRIES: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -111,7 +111,7 @@ def _sparse_logits_kernel(
     row = tl.program_id(0)
     start, num_entries = row_place(row, None, offsets, None)
     h = hidden + tl.cast(row, tl.int64) * hidden_stride
-    _dots(logits + start, h, weight, ids + start, num_entries, width, weight_stride, ENTRIES, COLUMNS)
+    _dots(products + start, h, weight, ids + start, num_entries, width, weight_stride, ENTRIES, COLUMNS)
 
 
 @triton.jit(do_not_specialize_on_alignment=_UNALIGNED)
@@ -243,7 +243,7 @@ def sparse_logits(hidden: Tensor, weight: Tensor, ids: Tensor, offsets: Tensor, 
     Raises:
         ValueError: columns of `hidden` or `weight` are not contiguous.
     """
-    arguments = {**_operands(hidden, weight, ids, offsets), "logits": out}
+    arguments = {**_operands(hidden, weight, ids, offsets), "products": out}
     _launch(_sparse_logits_kernel, offsets, arguments)
 
 
@@ -375,7 +375,7 @@ def aot_configurations() -> Iterator[Configuration]:
             assert rows.offsets is not None
             ids = torch.empty(rows.logits.numel(), dtype=torch.int32, device="meta")
             if not full:
-                logits = {**_operands(hidden, weight, ids, rows.offsets), "logits": rows.logits}
+                logits = {**_operands(hidden, weight, ids, rows.offsets), "products": rows.logits}
                 yield Configuration.of_launch(f"sparse_logits, {case}", _sparse_logits_kernel, logits)
                 back = {"dx": rows.logits, **_gathers(weight, ids, rows.offsets), **_output(hidden)}
                 yield Configuration.of_launch(f"sparse_grad_hidden, {case}", _sparse_grad_hidden_kernel, back)

@@ -83,7 +83,7 @@ def id_starts(ids: Tensor) -> IdStarts:
     # Entries that are not the first of their id go to the last place, which is none of those that count unless all are.
     places = torch.where(first, numbers - 1, total)
     starts = numbers.new_full((total + 1,), total)
-    starts.scatter_(0, places, torch.arange(total, device=ids.device))
+    starts.scatter_(0, places, torch.arange(total, out=torch.empty_like(numbers)))
     return IdStarts(starts, numbers[-1:])
 
 
