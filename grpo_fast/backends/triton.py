@@ -104,7 +104,7 @@ class TritonBackend(TorchBackend):
 
     def sparse_share(self, dtype: torch.dtype, device: torch.device) -> int:
         """Predicted (kernels/PREDICTIONS.md): 6 V flops an element of H at a product's rate, against three gathers."""
-        return 256 if dtype.itemsize == 2 else 32
+        return 192 if dtype.itemsize == 2 else 32
 
     def sparse_logits(self, hidden: Tensor, weight: Tensor, of: RowIds, out: Tensor) -> None:
         from grpo_fast.kernels.sparse_rows import sparse_logits
