@@ -6,6 +6,7 @@ Legend: R rows, V vocabulary, H hidden size, N tokens of all supports.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -60,11 +61,15 @@ class Problem:
         return nan(self.of.ids.numel(), dtype=torch.promote_types(self.hidden.dtype, torch.float32))
 
     def chunk(self, logits: Tensor) -> RowChunk:
-        return RowChunk(logits, self.places, self.transform, offsets=self.of.offsets, longest=int(self.sizes.max()))
+        return RowChunk(logits, self.places, self.transform, offsets=self.of.offsets, longest=self.longest)
 
     @property
     def sizes(self) -> Tensor:
         return self.of.offsets.diff()
+
+    @cached_property
+    def longest(self) -> int:
+        return int(self.sizes.max())
 
     def double(self) -> Problem:
         """The same numbers in float64."""
@@ -475,6 +480,7 @@ def test_the_host_never_waits() -> None:
     """Five functions on supports, seven launches, nothing read back."""
     case, objective = problem("all"), objective_of(len(SIZES), beta=0.1)
     out = torch.zeros(V, 64)
+    assert case.longest == V
     with stand_in() as device:
         outcome = run(case, objective)
         TRITON.sparse_grad_weight(outcome.dx, case.hidden, case.of, out)
