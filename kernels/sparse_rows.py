@@ -332,7 +332,7 @@ def row_stride(name: str, values: Tensor) -> int:
     Raises:
         ValueError: its columns are not contiguous.
     """
-    if values.dim() != 2 or (values.stride(1) != 1 and values.shape[1] > 1):
+    if values.dim() != 2 or values.stride(1) != 1:
         raise ValueError(
             f"{name}: expected [., H] with contiguous columns; got shape {list(values.shape)}, strides "
             f"{list(values.stride())}"

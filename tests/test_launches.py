@@ -28,7 +28,15 @@ from triton.backends.nvidia.compiler import CUDABackend  # noqa: E402
 from triton.runtime.jit import JITFunction, create_function_from_signature  # noqa: E402
 from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 
-from grpo_fast.kernels import aot, forward_logprobs, row_gradient, row_objective, row_statistics, sparse_rows  # noqa: E402
+from grpo_fast.kernels import (  # noqa: E402
+    aot,
+    forward_logprobs,
+    row_gradient,
+    row_objective,
+    row_statistics,
+    sparse_rows,
+    sparse_weight,
+)
 from grpo_fast.kernels.configuration import Configuration  # noqa: E402
 from tests.cards import CARD, card  # noqa: E402
 from tests.launch_sites import HIDDEN, MULTIPROCESSORS, N_IDS, SITES, TOKENS, R, gathers, rows, supports  # noqa: E402
@@ -221,6 +229,15 @@ def test_products_on_supports_that_begin_anywhere_compile_once(
         call(offset)
     assert len({launch.arguments["ids"].data_ptr() % 16 for launch in launches}) == 4
     assert_compiled_once(launches)
+
+
+def test_nothing_is_launched_for_no_rows(launches: list[Launch]) -> None:
+    hidden, weight, ids, offsets = gathers()
+    none, of = card(0), (ids[:0], offsets[:1])
+    sparse_rows.sparse_logits(hidden[:0], weight, *of, none)
+    sparse_rows.sparse_grad_hidden(none, weight, *of, hidden[:0])
+    sparse_weight.sparse_grad_weight(none, hidden[:0], ids[:0], offsets[:0], offsets[:0], weight)
+    assert launches == []
 
 
 def assert_compiled_once(launches: list[Launch]) -> None:

@@ -234,13 +234,10 @@ def test_hidden_states_may_lie_anywhere() -> None:
     case = problem(width=17)
     expected, out = case.logits, case.logits
     TRITON.sparse_logits(case.hidden, case.weight, case.of, expected)
-    buffer = nan(len(SIZES), 40)
-    buffer[:, 3:20] = case.hidden
-    for hidden in (
-        buffer[:, 3:20],
-        buffer[:, 3:20].t().contiguous().t(),
-        torch.cat([torch.zeros(1), case.hidden.flatten()])[1:].view(-1, 17),
-    ):
+    buffer, shifted = nan(len(SIZES), 40), torch.empty(5 * 17 + 1)[1:].view(5, 17)
+    turned = torch.empty(17, 5).t()
+    for hidden in (buffer[:, :17], buffer[:, 3:20], shifted, turned):
+        hidden.copy_(case.hidden)
         given = sparse_rows._operands(hidden, case.weight, case.of.ids, case.of.offsets)
         assert (given["hidden"].data_ptr() % 16, given["hidden_stride"]) == (0, 17)
         TRITON.sparse_logits(hidden, case.weight, case.of, out.fill_(torch.nan))
