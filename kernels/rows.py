@@ -192,9 +192,10 @@ def support_example(full: bool) -> Example:
 def _example(logits: Tensor, full: bool, launch: RowLaunch, arches: tuple[int, ...]) -> Example:
     targets = torch.empty(64, dtype=torch.int64, device="meta")
     bias = torch.empty(logits.shape[-1], dtype=torch.bfloat16, device="meta") if full else None
-    options = {"softcap": 30.0, "temperature": torch.empty(64, device="meta")} if full else {}
+    softcap, temperature = (30.0, torch.empty(64, device="meta")) if full else (None, 1.0)
     supports = logits.dim() == 1
     offsets = torch.empty(65, dtype=torch.int64, device="meta") if supports else None
     label = "supports" if supports else f"lanes {launch.lanes}"
     label += ", bias, soft cap, row temperatures" if full else ""
-    return Example(label, Rows(logits, targets, bias, offsets=offsets, **options), full, launch, arches)
+    rows = Rows(logits, targets, bias, softcap=softcap, temperature=temperature, offsets=offsets)
+    return Example(label, rows, full, launch, arches)

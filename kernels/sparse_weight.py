@@ -137,7 +137,6 @@ def _arguments(
 
 def aot_configurations() -> Iterator[Configuration]:
     """Every dtype, and a gradient that is wider than the hidden states."""
-    meta = {"device": "meta"}
     for dtype, out_dtype, width in (
         (torch.bfloat16, torch.bfloat16, 2048),
         (torch.bfloat16, torch.float32, 2048),
@@ -145,14 +144,17 @@ def aot_configurations() -> Iterator[Configuration]:
         (torch.float32, torch.float32, 2048),
         (torch.bfloat16, torch.bfloat16, 1),
     ):
-        ids, places = torch.empty(4096, dtype=torch.int32, **meta), torch.empty(4096, dtype=torch.int64, **meta)
+        ids, places = (
+            torch.empty(4096, dtype=torch.int32, device="meta"),
+            torch.empty(4096, dtype=torch.int64, device="meta"),
+        )
         arguments = _arguments(
-            torch.empty(4096, **meta),
-            torch.empty(64, width, dtype=dtype, **meta),
+            torch.empty(4096, device="meta"),
+            torch.empty(64, width, dtype=dtype, device="meta"),
             ids,
             places,
             places,
-            torch.empty(1000, width, dtype=out_dtype, **meta),
+            torch.empty(1000, width, dtype=out_dtype, device="meta"),
             IdStarts(places, places),
         )
         names = [str(each).removeprefix("torch.") for each in (dtype, out_dtype)]
