@@ -165,7 +165,7 @@ def test_grad_weight(width: int, dtype: torch.dtype) -> None:
     """Added to what is there at the ids that occur, rounded once; one id is in every row. The rest is not touched."""
     assert SPARSE_WEIGHT.columns < 260
     generator = torch.Generator().manual_seed(1)
-    num_rows = 5 * SPARSE_WEIGHT.entries + 3
+    num_rows = 2 * SPARSE_WEIGHT.entries + 3
     ids = torch.stack([torch.randperm(40, generator=generator)[:4] + 20 for _ in range(num_rows)]).int()
     ids[:, 2] = 7
     of = row_ids(ids.flatten(), torch.full((num_rows,), 4))
@@ -395,8 +395,8 @@ CORRECTIONS = ("none", "weight", "token_truncate", "token_mask")
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_objective_is_the_composition(policy: str) -> None:
-    """In one kernel: the bits of three, and float64's numbers; rows without gradient are zeros."""
-    case = problem("all", width=17, sizes=(2, 9, 4))
+    """In one kernel: the bits of three, and float64's numbers."""
+    case = problem("all", width=17, sizes=(2, 9))
     for turn, (kl, correction) in enumerate(product(KLS, CORRECTIONS)):
         options: dict[str, Any] = {
             "loss_type": policy,
@@ -414,21 +414,22 @@ def test_every_objective_is_the_composition(policy: str) -> None:
         }
         if correction.startswith("token"):
             options["importance_sampling_mode"] = correction
-        objective = objective_of(3, **options)
+        objective = objective_of(2, **options)
         kernel = objective.kernel
         assert kernel is not None
         assert (kernel.kl, kernel.correction) == (kl.get("kl_estimator", "none"), correction)
         found = run(case, objective)
         assert_same(found, run(case, objective, composed=True))
-        expected = run(case.double(), objective_of(3, dtype=torch.float64, **options), PLAIN)
+        expected = run(case.double(), objective_of(2, dtype=torch.float64, **options), PLAIN)
         assert (found.results.logprobs - expected.results.logprobs).abs().max() <= 3e-6
         assert torch.equal(found.results.live, expected.results.live)
         assert rel_rms(found.dx, expected.dx) <= 5e-6
         assert rel_rms(found.grad_hidden, expected.grad_hidden) <= 5e-6
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("head", "dtype"), [*((head, torch.float32) for head in HEADS), ("all", torch.float16), ("all", torch.bfloat16)]
+)
 def test_objective(head: str, dtype: torch.dtype) -> None:
     """Of every size, and a logprob that is the forward pass's to the bit: the first step's ratio is 1."""
     case = problem(head, width=100, dtype=dtype)
