@@ -219,10 +219,7 @@ class _Sampler:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if self._recorded is not None:
-            # To the host at once, so that a GPU never holds more than a step's. Its host waits here; generate waits for
-            # the same step a moment later anyway, to ask whether all have ended.
-            kept = (scores != -torch.inf) & ~self._recorded.done[:, None]
-            self._supports.append(Support.from_mask(kept).to("cpu"))
+            self._supports.append(_kept(scores, self._recorded.done))
         probabilities = scores.softmax(1)
         tokens = scores.argmax(1, keepdim=True) if self._generator is None else self._draw(probabilities)
         self._logprobs.append(probabilities.gather(1, tokens)[:, 0].log())
@@ -249,6 +246,21 @@ class _Sampler:
             return (probabilities / clocks).argmax(1, keepdim=True)
         uniform = torch.rand(probabilities.shape[0], 1, generator=self._generator)
         return _inverse_cdf(probabilities, uniform)
+
+
+def _kept(scores: Tensor, done: Tensor) -> Support:
+    """The words of scores `[B, V]` above -inf, on the host; empty rows where nothing was cut or `done` `[B]`.
+
+    At B = 64, V = 49152 on one core 5 ms, where top-k takes 10 and top-p, which sorts, 250. A GPU never holds more than
+    a step's. Its host waits here; generate waits for the step a moment later anyway, to ask whether all have ended.
+    """
+    batch, vocab = scores.shape
+    kept = (scores > -torch.inf).reshape(-1).nonzero()[:, 0].cpu()
+    rows = kept // vocab
+    sizes = rows.bincount(minlength=batch)
+    told = (sizes < vocab) & ~done.cpu()
+    ids = (kept - rows * vocab)[told[rows]].int()
+    return Support.trusted(ids, torch.cat([sizes.new_zeros(1), (sizes * told).cumsum(0)]))
 
 
 _SPAN = 256
