@@ -46,10 +46,10 @@ def meddle(monkeypatch):
     def install(at_call: int, action) -> None:
         meddling = Meddling(at_call, action)
 
-        def made(policy, config, *, temperature=None, supports=False):
-            if temperature is not None:  # held-out evaluation is left alone
-                return HFRollout(policy, config, temperature=temperature)
-            meddling.engine = HFRollout(policy, config, supports=supports)
+        def made(policy, config, **options):
+            if "temperature" in options:  # held-out evaluation is left alone
+                return HFRollout(policy, config, **options)
+            meddling.engine = HFRollout(policy, config, **options)
             return meddling
 
         monkeypatch.setattr("grpo_fast.trainer.loop.HFRollout", made)
