@@ -212,6 +212,8 @@ def test_what_a_step_says_of_supports(updaters, sparse_to_eight):
     idle = updater.gradients(data, range(4, 8))
     assert idle["support/mean"] == metrics["support/mean"]
     assert idle["update_flops"] == 0
+    # Completions of no tokens have no supports.
+    assert not any(name.startswith("support/") for name in updater.gradients(data, []))
 
 
 def test_a_plan_that_cannot_serve_supports_says_so_at_once(updaters):
