@@ -35,7 +35,7 @@ const char* row_at(const void* matrix, DType dtype, int64_t width, int64_t row) 
 }
 
 constexpr int64_t kLine = 64;        // bytes of a cache line
-constexpr int64_t kAhead = 4;        // gathered rows that are on their way while as many are multiplied
+constexpr int64_t kAhead = 8;        // gathered rows that are on their way while as many are multiplied
 constexpr int64_t kColumns = 1024;   // of a sum that is held at once: 4 KiB
 constexpr int64_t kDepth = 256;      // terms of a sum that are added up before they meet the rest
 
@@ -95,6 +95,12 @@ struct Dots {
     for (; j < n; ++j) group<1>(h, w, width, ids + j, last, out + j);
   }
 };
+
+// Of all entries; null where there are none.
+const int32_t* last_id(const Supports& supports) {
+  const int64_t entries = supports.offsets[supports.num_rows];
+  return entries > 0 ? supports.ids + entries - 1 : nullptr;
+}
 
 using DotsFn = void (*)(const void*, const void*, int64_t, const int32_t*, int64_t, const int32_t*, float*);
 
@@ -250,7 +256,7 @@ size_t sparse_sort_bytes(int64_t num_entries) { return static_cast<size_t>(2 * n
 
 void sparse_logits(const Operands& operands, const Supports& supports, float* out, Launch launch) {
   const DotsFn dots = instance_for<Dots>(operands.dtype, launch.isa);
-  const int32_t* last = supports.ids + supports.offsets[supports.num_rows] - 1;
+  const int32_t* last = last_id(supports);
 #pragma omp parallel for num_threads(launch.threads) schedule(dynamic, 8)
   for (int64_t t = 0; t < supports.num_rows; ++t) {
     const int64_t start = supports.offsets[t];
@@ -273,7 +279,7 @@ void sparse_objective(const Operands& operands, const Supports& supports, const 
                            statistics_for(launch.isa), gradient_for(launch.isa, DType::kFloat32)};
   const Summation sum(operands, operands.weight, grad_hidden, false, launch.isa);
   const int64_t row_bytes = operands.width * element_bytes(grad_hidden.dtype);
-  const int32_t* last = supports.ids + supports.offsets[supports.num_rows] - 1;
+  const int32_t* last = last_id(supports);
 #pragma omp parallel for num_threads(launch.threads) schedule(dynamic, 8)
   for (int64_t t = 0; t < supports.num_rows; ++t) {
     const Row row = row_of(rows, supports.offsets, t);
