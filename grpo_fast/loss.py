@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.backends.base import BackendName, resolve_backend
+from grpo_fast.backends.base import BackendName, get_backend, resolve_backend
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.head import Head
 from grpo_fast.inputs import (
@@ -39,6 +39,7 @@ from grpo_fast.metrics import Metrics, collect_metrics
 from grpo_fast.objectives import Terms, objective, total_loss
 from grpo_fast.ops.call import ActiveRows, HeadCall, PlanName
 from grpo_fast.ops.operators import head_logprobs, head_objective, with_gradients
+from grpo_fast.packing import Support, check_support
 
 __all__ = [
     "HeadConfig",
@@ -94,6 +95,7 @@ def token_logprobs(
     config: LossConfig | None = None,
     entropy: bool = True,
     loss_mask: Tensor | None = None,
+    support: Support | None = None,
     ignore_index: int | None = -100,
     main_grad: Tensor | None = None,
     backend: BackendName = "auto",
@@ -117,6 +119,8 @@ def token_logprobs(
         config: the loss that the log-probabilities are for: its temperature is taken, so that ratios start at 1.
         entropy: whether to return entropies.
         loss_mask: `[...]` bool, integers, or zeros and ones; rows where it is 0 are not computed: their results are 0.
+        support: the tokens that each target was sampled from, rows as in `targets`, flattened: then sums are over them
+            alone, and rows of few tokens cost as many dot products. Give old, current and reference passes the same.
         ignore_index: targets that are masked; None: none is.
         main_grad: `[V, H]` float32; the weight's gradient is added to it instead of being returned.
         backend: "auto" or a backend's name. plan: "auto", "frozen_head", "recompute", "lean",
@@ -139,10 +143,22 @@ def token_logprobs(
     engine = resolve_backend(backend, hidden.device, hidden.dtype)
     mask, masked = token_mask(loss_mask, targets, ignore_index, shape, hidden)
     check_target_range(targets.reshape(-1), mask if masked else None, weight.shape[0])
+    if support is not None:
+        check_support(support, targets, mask if masked else None, weight.shape[0])
     active = ActiveRows(mask) if masked else None
-    call = HeadCall.of(hidden, weight, bias, targets, temperature, head, active, engine, workspace_bytes)
+    call = HeadCall.of(hidden, weight, bias, targets, temperature, head, active, engine, workspace_bytes, support)
     logprobs, entropies = head_logprobs(call.planned(plan, scope="batch"), main_grad)
     return TokenLogprobs(logprobs.reshape(shape), entropies.reshape(shape) if entropy else None)
+
+
+def sparse_limit(weight: Tensor, backend: BackendName = "auto") -> int:
+    """Tokens of the largest support whose row costs as many dot products, and none with the whole `weight` `[V, H]`.
+
+    Raises:
+        ValueError: unknown backend, or one that does not run on the weight's device.
+    """
+    engine = get_backend(resolve_backend(backend, weight.device, weight.dtype))
+    return engine.sparse_limit(weight.shape[0], weight.dtype, weight.device)
 
 
 def _one_temperature(temperature: float | Tensor | None, config: LossConfig | None) -> float | Tensor:
@@ -166,6 +182,7 @@ def grpo_loss(
     old_logprobs: Tensor | None = None,
     ref_logprobs: Tensor | None = None,
     sampling_logprobs: Tensor | None = None,
+    support: Support | None = None,
     bias: Tensor | None = None,
     head: HeadConfig | Head | None = None,
     config: LossConfig = LossConfig(),
@@ -194,6 +211,9 @@ def grpo_loss(
         old_logprobs: of the policy that the ratio is taken to; None: the current one (ratio 1, with gradient).
         ref_logprobs: of the reference policy; needed iff `config.beta` is not 0.
         sampling_logprobs: the rollout engine's own; NaN where it does not know.
+        support: the tokens that each target was sampled from, rows as in `targets`, flattened: log-probabilities,
+            entropies and gradients are those of the distribution on them (`packing.Support`). old_logprobs and
+            ref_logprobs must be on the same supports.
         bias: `[V]`. head: scale and soft cap; or a `Head`, with `weight` None.
         normalizer: replaces the loss type's denominator (S, S C or the number of tokens) of the terms.
         entropy_normalizer: replaces the number of active tokens under the entropy bonus. With both, the losses and
@@ -250,9 +270,11 @@ def grpo_loss(
     )
     tokens, weights = inputs.tokens, inputs.weights
     check_target_range(targets.reshape(-1), tokens.mask, weight.shape[0])
-    call = HeadCall.of(hidden, weight, bias, targets, scale, head, inputs.active, engine, workspace_bytes)
+    if support is not None:
+        check_support(support, targets, tokens.mask, weight.shape[0])
+    call = HeadCall.of(hidden, weight, bias, targets, scale, head, inputs.active, engine, workspace_bytes, support)
     scope, row_counts = inputs.scope, None
-    if scope == "sequence" and plan in ("auto", "resident"):
+    if scope == "sequence" and plan in ("auto", "resident") and support is None:
         row_counts = call.rows_of_sequences(tokens.segments, tokens.mask)
     call = call.planned(plan, scope=scope, entropy_grad=config.entropy_coef != 0, row_counts=row_counts)
     computed = tokens if inputs.active is None else tokens.masked(inputs.active.mask)

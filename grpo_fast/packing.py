@@ -148,7 +148,7 @@ class Support:
             raise ValueError(f"mask: expected a bool tensor [..., V]; got {_described(mask)}")
         mask = mask.reshape(-1, mask.shape[-1])
         mask = mask & ~mask.all(1, keepdim=True)
-        return Support._of(mask.nonzero()[:, 1].int(), _offsets(mask.sum(1)))
+        return Support.trusted(mask.nonzero()[:, 1].int(), _offsets(mask.sum(1)))
 
     @staticmethod
     def from_padded(ids: Tensor, pad: int = -1) -> Support:
@@ -168,10 +168,12 @@ class Support:
         """The rows of all parts, one after another."""
         if not parts:
             raise ValueError("parts: expected at least one Support; got none")
-        return Support._of(torch.cat([part.token_ids for part in parts]), _offsets(torch.cat([p.sizes for p in parts])))
+        return Support.trusted(
+            torch.cat([part.token_ids for part in parts]), _offsets(torch.cat([p.sizes for p in parts]))
+        )
 
     @staticmethod
-    def _of(token_ids: Tensor, offsets: Tensor) -> Support:
+    def trusted(token_ids: Tensor, offsets: Tensor) -> Support:
         """Of what is known to be right."""
         made = object.__new__(Support)
         object.__setattr__(made, "token_ids", token_ids)
@@ -206,19 +208,45 @@ class Support:
             start, stop, step = rows.indices(self.num_rows)
             if step == 1:
                 offsets = self.offsets[start : max(stop, start) + 1]
-                return Support._of(self.token_ids[int(offsets[0]) : int(offsets[-1])], offsets - offsets[0])
+                return Support.trusted(self.token_ids[int(offsets[0]) : int(offsets[-1])], offsets - offsets[0])
             rows = torch.arange(start, stop, step, device=self.offsets.device)
         elif rows.dtype == torch.bool:
             rows = rows.nonzero()[:, 0]
         offsets = _offsets(self.sizes[rows])
         entries = torch.arange(int(offsets[-1]), device=rows.device)
         entries += (self.offsets[rows] - offsets[:-1]).repeat_interleave(offsets.diff(), output_size=entries.numel())
-        return Support._of(self.token_ids[entries], offsets)
+        return Support.trusted(self.token_ids[entries], offsets)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Support:
         """On another device."""
         moved = [tensor.to(device, non_blocking=non_blocking) for tensor in (self.token_ids, self.offsets)]
-        return Support._of(*moved)
+        return Support.trusted(*moved)
+
+
+def check_support(support: object, targets: Tensor, mask: Tensor | None, vocab: int) -> None:
+    """A Support of the rows of `targets`, with the targets of unmasked rows in it."""
+    if not isinstance(support, Support):
+        raise ValueError(f"support: expected a Support or None; got {_described(support)}")
+    flat, device = targets.reshape(-1), support.token_ids.device
+    if support.num_rows != flat.numel() or device != flat.device:
+        raise ValueError(
+            f"support: expected {flat.numel()} rows on {flat.device}, one a target; got {support.num_rows} on {device}"
+        )
+    if not checks_values(flat):
+        return
+    ids, rows = support.token_ids, support.rows_of_ids()
+    if ids.numel() and int(ids.max()) >= vocab:
+        raise ValueError(f"support: expected token ids in [0, {vocab}); got {int(ids.max())}")
+    missing = support.sizes > 0
+    missing[rows[ids == flat[rows]]] = False
+    missing = missing if mask is None else missing & mask
+    if bool(missing.any()):
+        row = int(missing.nonzero()[0])
+        place = [int(i) for i in torch.unravel_index(torch.tensor(row), targets.shape)]
+        raise ValueError(
+            f"support: expected the target of each unmasked row among the row's tokens; got target {int(flat[row])} at "
+            f"{place}, which is none of its {int(support.sizes[row])} tokens"
+        )
 
 
 def _offsets(sizes: Tensor) -> Tensor:

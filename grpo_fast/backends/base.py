@@ -140,7 +140,7 @@ class RowSlopes:
     g: Tensor
     e: Tensor | None
 
-    def part(self, rows: slice) -> RowSlopes:
+    def part(self, rows: slice | Tensor) -> RowSlopes:
         """Those of some of the rows."""
         return RowSlopes(self.lse[rows], self.entropy[rows], self.g[rows], None if self.e is None else self.e[rows])
 

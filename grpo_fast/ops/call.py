@@ -40,6 +40,8 @@ from grpo_fast.config import HeadConfig
 from grpo_fast.devices import TRAITS
 from grpo_fast.losses import Segments
 from grpo_fast.objectives import Scope
+from grpo_fast.ops.support import Split, Supported, split_rows
+from grpo_fast.packing import Support
 
 logger = logging.getLogger("grpo_fast")
 
@@ -186,8 +188,10 @@ class HeadCall:
         hidden: `[T, H]`. weight: `[V, H]`, same dtype. bias: `[V]` or None. targets: `[T]` int64.
         temperature: a float, or `[T]` float32.
         active: which rows to compute, or None for all.
-        rows: `[n]` int64 increasing, their numbers; None: all, or to be found from `active` inside the operator.
+        rows: `[n]` int64, their numbers; None: all, or to be found from `active` inside the operator.
         backend: its name, resolved. budget: rows at a time. plan: its name, once `planned`.
+        support: of all T tokens, or None; where it is given the passes split the rows (`split`).
+        masked: supports of the last of the `rows`, whose logits are masked; or None.
     """
 
     hidden: Tensor
@@ -201,6 +205,8 @@ class HeadCall:
     budget: RowBudget
     rows: Tensor | None = None
     plan: str = ""
+    support: Support | None = None
+    masked: Supported | None = None
 
     @staticmethod
     def of(
@@ -213,6 +219,7 @@ class HeadCall:
         active: ActiveRows | None,
         backend: str,
         workspace_bytes: int | None,
+        support: Support | None = None,
     ) -> HeadCall:
         """From arguments of any shape prefix; None is the default workspace."""
         if workspace_bytes is None:
@@ -227,6 +234,7 @@ class HeadCall:
             active=active,
             backend=backend,
             budget=row_budget(backend, *weight.shape, weight.dtype, weight.device, workspace_bytes),
+            support=None if support is None else _savable_support(support),
         )
 
     def rows_of_sequences(self, segments: Segments, mask: Tensor) -> list[int] | None:
@@ -271,7 +279,8 @@ class HeadCall:
         by_row = self.temperature if isinstance(self.temperature, Tensor) else None
         number = 1.0 if isinstance(self.temperature, Tensor) else self.temperature
         active = None if self.active is None else self.active.mask
-        tensors = [self.targets, by_row, active, self.rows]
+        support = (None, None) if self.support is None else (self.support.token_ids, self.support.offsets)
+        tensors = [self.targets, by_row, active, self.rows, *support]
         numbers = [number, float(self.head.logit_scale), float(self.head.softcap or 0.0)]
         budget = self.budget  # not unpacked: torch 2.11's compiler cannot iterate over it
         rows = [budget.tile_rows, budget.chunk_rows, budget.staged_rows, budget.num_buffers]
@@ -288,7 +297,7 @@ class HeadCall:
         names: str,
     ) -> HeadCall:
         """What `to_wire` was asked of, with the rows found."""
-        targets, by_row, mask, rows = tensors
+        targets, by_row, mask, rows, ids, offsets = tensors
         temperature, logit_scale, softcap = numbers
         backend, plan = names.split(" ")
         active = None if mask is None else ActiveRows(mask)
@@ -305,7 +314,16 @@ class HeadCall:
             RowBudget(*budget),
             mask.nonzero()[:, 0] if rows is None and mask is not None else rows,
             plan,
+            None if ids is None or offsets is None else Support.trusted(ids, offsets),
         )
+
+    def split(self) -> Split | None:
+        """The rows by kind; None where there are no supports."""
+        if self.support is None:
+            return None
+        vocab, dtype = self.weight.shape[0], self.weight.dtype
+        limit = self.engine.sparse_limit(vocab, dtype, self.hidden.device)
+        return split_rows(self.support, self.rows, self.targets, vocab, limit)
 
     @property
     def engine(self) -> Backend:
@@ -329,6 +347,11 @@ class HeadCall:
         return self.hidden.shape[0] if self.rows is None else self.rows.numel()
 
     @property
+    def num_whole(self) -> int:
+        """Of the rows, those whose logits are not masked, which come first."""
+        return self.num_rows - (0 if self.masked is None else self.masked.places.numel())
+
+    @property
     def accumulator(self) -> torch.dtype:
         """float32, or float64 for float64 inputs."""
         return torch.promote_types(self.hidden.dtype, torch.float32)
@@ -348,10 +371,10 @@ class HeadCall:
         return values if self.rows is None else values[self.rows]
 
     def scatter(self, values: Tensor) -> Tensor:
-        """`[T]` values from those of the computed rows; zero elsewhere."""
+        """`[T, ...]` values from those of the computed rows; zero elsewhere."""
         if self.rows is None:
             return values
-        return values.new_zeros(self.hidden.shape[0]).index_copy_(0, self.rows, values)
+        return values.new_zeros(self.hidden.shape[0], *values.shape[1:]).index_copy_(0, self.rows, values)
 
     def new_rows(self, dtype: torch.dtype | None = None) -> Tensor:
         """Memory `[n]` for a result of the row functions, in the accumulator's dtype by default."""
@@ -402,6 +425,10 @@ def _savable(tensor: Tensor) -> Tensor:
     return tensor.clone()
 
 
+def _savable_support(support: Support) -> Support:
+    return Support.trusted(_savable(support.token_ids), _savable(support.offsets))
+
+
 def _power_of_two_over(largest: Tensor) -> Tensor:
     """The power of two s with 1 <= s largest < 2, exactly, within 2^-100 and 2^100; float32."""
     exponent = torch.frexp(largest).exponent  # largest = m 2^exponent, m in [1/2, 1)
@@ -438,9 +465,13 @@ def _obstacle(call: HeadCall, plan: str, scope: Scope, longest: int | None) -> s
             return "it keeps nothing for a backward, and hidden or weight needs a gradient; use torch.no_grad()"
         if not call.engine.has_fused_forward:
             return "only the backend 'triton' has it"
+        if call.support is not None:
+            return "it never writes logits that a support could mask"
     if plan == "frozen_head" and any(head_wants):
         return "weight or bias needs a gradient"
     if plan == "resident":
+        if call.support is not None:
+            return "rows of a sequence are of different kinds where supports are given"
         if scope == "batch":
             return "the objective couples sequences (or is not known yet)"
         if longest is None:

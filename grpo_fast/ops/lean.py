@@ -8,11 +8,13 @@ what accumulates across blocks is dHidden, `[n, H]` float32.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 from torch import Tensor
 
-from grpo_fast.backends.base import RowChunk
+from grpo_fast.backends.base import RowChunk, RowSlopes
 from grpo_fast.ops.call import HeadCall
-from grpo_fast.ops.passes import Gradients, Wanted, scaled_slopes, unscaled
+from grpo_fast.ops.passes import Gradients, Piece, Wanted, by_kind, of_one_kind, scaled_slopes, unscaled
 
 MIN_BLOCK = 128
 """Columns of a block at least; with H >= 128 a block's logits are then no larger than the n rows' hidden states."""
@@ -28,8 +30,10 @@ def lean_backward_pass(
     call: HeadCall, lse: Tensor, entropy: Tensor, g: Tensor, e: Tensor | None, want: Wanted
 ) -> Gradients:
     """The same result as `passes.backward_pass`, up to summation order."""
+    whole = RowSlopes(lse, entropy, g, e)
+    call, sparse = by_kind(call)
     engine, n = call.engine, call.num_rows
-    slopes, scale = scaled_slopes(call, lse, entropy, g, e)
+    slopes, scale = scaled_slopes(call, whole)
     vocab, width = call.weight.shape
     hidden, dtype = call.gather(call.hidden), call.grad_dtype
     grad_rows = hidden.new_empty(hidden.shape, dtype=call.accumulator) if want.hidden else None
@@ -44,7 +48,18 @@ def lean_backward_pass(
         weight, columns = call.weight[start:stop], call.transform.vocab_block(start, stop)
         logits = buffer[: n * (stop - start)].view(n, stop - start)
         engine.logits(hidden, weight, logits, n)
-        dx = engine.gradient(RowChunk(logits, call.row_targets, columns, start), slopes, dtype=hidden.dtype)
+        dx = engine.dx_place(logits, hidden.dtype)
+        for rows, masked in of_one_kind(call, slice(0, n)):
+            targets, transform = call.row_targets[rows], columns.rows(rows)
+            piece = Piece(
+                rows,
+                RowChunk(logits[rows], targets, transform, start),
+                dx[rows],
+                False,
+                nullcontext(),
+                None if masked is None else masked.block(start, stop, targets),
+            )
+            piece.write(engine.gradient(piece.rows, slopes.part(rows), dtype=hidden.dtype))
         if grad_rows is not None:
             engine.grad_hidden(dx, weight, grad_rows, accumulate=start > 0)
         if grad_bias is not None:
@@ -61,7 +76,7 @@ def lean_backward_pass(
                 del wide  # before the next block's
     grad_hidden = None
     if grad_rows is not None:
-        grad_hidden = grad_rows = unscaled(grad_rows, scale).to(dtype)
-        if call.rows is not None:
-            grad_hidden = grad_rows.new_zeros(call.hidden.shape).index_copy_(0, call.rows, grad_rows)
+        grad_hidden = call.scatter(unscaled(grad_rows, scale).to(dtype))
+    if sparse is not None:
+        sparse.backward(whole, wants_hidden=want.hidden).add_to(grad_hidden, grad_weight, grad_bias)
     return Gradients(grad_hidden, None if want.main_grad is not None else grad_weight, grad_bias)

@@ -164,10 +164,9 @@ class Logprobs(torch.autograd.Function):
     """(logprobs, entropy) `[T]` with their gradients; plans `frozen_head`, `recompute` and `lean`."""
 
     @staticmethod
-    def forward(  # type: ignore[no-untyped-def,override]
-        ctx, hidden, weight, bias, main_grad, targets, temperature, active, rows, *rest
-    ):
-        tensors = [targets, temperature, active, rows]
+    def forward(ctx, hidden, weight, bias, main_grad, *wire):  # type: ignore[no-untyped-def,override]
+        *tensors, numbers, budget, names = wire
+        rest = (numbers, budget, names)
         logprobs, entropy, lse, unit = forward_op(hidden, weight, bias, tensors, *rest)
         ctx.save_for_backward(hidden, weight, bias, *tensors, lse, entropy, unit)
         # Not a saved tensor: other micro-batches add to it before this one's backward runs.

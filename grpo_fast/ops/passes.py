@@ -13,6 +13,9 @@ One row's way: its hidden state is gathered into a chunk -> `logits` -> `statist
     recompute     logits, statistics | backward: logits, gradient, grad_hidden, grad_weight
     lean          logits, statistics | backward, by vocabulary blocks: logits, gradient, grad_hidden, grad_weight
 
+Where supports are given (`support.py`) rows of small ones are computed apart, all at once, by the same row functions on
+rows of their own lengths (`sparse_*`), and of masked rows' logits the row functions see the support's.
+
 What is known of tokens is gathered once a call into `[n]` tensors, of which chunks and pieces are slices; only hidden
 states are gathered chunk by chunk. A piece is rows whose logits are held at once; a chunk is rows whose dx meet in one
 pair of backward products. Where the budget stages dx, a chunk is many pieces, each one logits product of `tile_rows`
@@ -28,18 +31,27 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from grpo_fast.backends.base import ObjectiveResults, RowChunk, RowObjective, RowSlopes, RowStatistics
+from grpo_fast.backends.base import (
+    ObjectiveResults,
+    RowChunk,
+    RowObjective,
+    RowSlopes,
+    RowStatistics,
+)
 from grpo_fast.config import LossConfig
 from grpo_fast.devices import TRAITS
 from grpo_fast.objectives import Tokens, slope_beside_advantage
 from grpo_fast.ops.call import HeadCall
 from grpo_fast.ops.row_stream import RowStream
+from grpo_fast.ops.sparse import SparseGradients, SparseRows
+from grpo_fast.ops.support import Supported
 
 SPARSE_CHUNK = 0.75
 """Rows found to have no gradient leave before the backward products when at most this share of a chunk is left."""
@@ -72,36 +84,59 @@ class Gradients(NamedTuple):
 
 @dataclass
 class Piece:
-    """Some rows of a chunk with their raw products.
+    """Some rows of a chunk with their raw products; all of them masked, or none.
 
     Attributes:
         slice: which of the computed rows these are.
-        rows: their raw products `[r, V]` and what belongs to them.
-        out: `[r, V]` where dx goes, or None for over the logits.
+        dense: their raw products `[r, V]` and what belongs to them.
+        dx: `[r, V]` where dx goes, over the logits or `staged` elsewhere.
         stream: a context in which the row functions run.
+        masked: their supports, if only these count.
     """
 
     slice: slice
-    rows: RowChunk
-    out: Tensor | None
+    dense: RowChunk
+    dx: Tensor
+    staged: bool
     stream: AbstractContextManager[Any]
+    masked: Supported | None
+
+    @property
+    def out(self) -> Tensor | None:
+        """What row functions take for where dx goes."""
+        return self.dx if self.staged and self.masked is None else None
+
+    @cached_property
+    def rows(self) -> RowChunk:
+        """As the row functions take them: masked ones' entries are gathered when this is first asked for."""
+        if self.masked is None:
+            return self.dense
+        of = self.masked.of
+        return self.masked.chunk(self.dense.logits[of.rows, of.ids], self.dense.transform)
+
+    def write(self, dx: Tensor) -> None:
+        """Put dx in its place: that of masked rows is `[N]`, that of others is there."""
+        if self.masked is not None:
+            of = self.masked.of
+            self.dx.zero_()[of.rows, of.ids] = dx.to(self.dx.dtype)
 
 
 RowFunction = Callable[[Piece], Tensor]
-"""From a piece to its dx `[r, V]`; which rows are live it writes down."""
+"""From a piece to its dx, `[r, V]` or `[N]`; which rows are live it writes down."""
 
 
 @dataclass
 class Chunk:
     """Computed rows `start:stop`, gathered; `hidden` `[R, H]` is padded to whole tiles, the first rows are real.
 
-    `dx` `[stop - start, V]` where it has memory of its own.
+    `dx` `[stop - start, V]`, `staged` where it has memory of its own.
     """
 
     start: int
     stop: int
     hidden: Tensor
-    dx: Tensor | None = None
+    dx: Tensor
+    staged: bool
 
 
 def boundaries(num_rows: int, chunk_rows: int, row_counts: list[int] | None = None) -> Iterator[tuple[int, int]]:
@@ -158,7 +193,9 @@ class Workspace:
             else:
                 torch.index_select(call.hidden, 0, call.rows[start:stop], out=hidden[:n])
             hidden[n:] = 0
-        return Chunk(start, stop, hidden, None if self.staged is None else self.staged[:n])
+        if self.staged is not None:
+            return Chunk(start, stop, hidden, self.staged[:n], staged=True)
+        return Chunk(start, stop, hidden, call.engine.dx_place(self.buffers[0][:n], call.hidden.dtype), staged=False)
 
     def pieces(self, chunk: Chunk) -> Iterator[Piece]:
         """The chunk's rows, with logits. Row functions run inside `piece.stream`. Buffers are used again."""
@@ -172,12 +209,19 @@ class Workspace:
                 if second is not None:
                     second.before_product(buffer)
                 call.engine.logits(hidden, call.weight, logits, self.tile)
-                yield Piece(
-                    rows,
-                    RowChunk(logits[: last - first], call.row_targets[rows], call.transform.rows(rows)),
-                    None if chunk.dx is None else chunk.dx[first:last],
-                    nullcontext() if second is None else second.after_product(),
-                )
+                for part, masked in of_one_kind(call, rows):
+                    yield Piece(
+                        part,
+                        RowChunk(
+                            logits[part.start - rows.start : part.stop - rows.start],
+                            call.row_targets[part],
+                            call.transform.rows(part),
+                        ),
+                        chunk.dx[part.start - chunk.start : part.stop - chunk.start],
+                        chunk.staged,
+                        nullcontext() if second is None else second.after_product(),
+                        masked,
+                    )
                 if second is not None:
                     second.leave(buffer)
         finally:
@@ -185,11 +229,41 @@ class Workspace:
                 second.join()
 
 
+def of_one_kind(call: HeadCall, rows: slice) -> Iterator[tuple[slice, Supported | None]]:
+    """Which of the rows are whole, and which masked, with their supports."""
+    cut = min(max(call.num_whole, rows.start), rows.stop)
+    if rows.start < cut:
+        yield slice(rows.start, cut), None
+    if cut < rows.stop:
+        assert call.masked is not None
+        yield slice(cut, rows.stop), call.masked.part(cut - call.num_whole, rows.stop - call.num_whole)
+
+
+def by_kind(call: HeadCall) -> tuple[HeadCall, SparseRows | None]:
+    """(the call with the dense rows alone, the sparse rows or None)."""
+    split = call.split()
+    if split is None:
+        return call, None
+    sparse = None if split.sparse is None else SparseRows.among(call, split.sparse_rows, split.sparse)
+    everything = split.num_whole == call.hidden.shape[0]
+    dense = replace(call, support=None, rows=None if everything else split.dense, masked=split.masked)
+    return dense, sparse
+
+
+def _together(dense: HeadCall, values: Tensor, sparse: SparseRows | None, others: Tensor | None) -> Tensor:
+    """`[T]`: values of the dense rows and those of the sparse ones; zero elsewhere."""
+    whole = dense.scatter(values)
+    if sparse is not None and others is not None:
+        whole.index_copy_(0, sparse.index, others)
+    return whole
+
+
 # -- passes -----------------------------------------------------------------------------------------------------------
 
 
 def forward_pass(call: HeadCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Statistics of the rows: (logprobs, entropy, lse) `[T]`; `frozen_head` adds d logprob_t / d hidden_t `[T, H]`."""
+    call, sparse = by_kind(call)
     results = RowStatistics(*(call.new_rows() for _ in range(3)))
     unit_gradient = None
 
@@ -198,6 +272,13 @@ def forward_pass(call: HeadCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]
         call.engine.statistics(piece.rows, found)
         return found
 
+    others: Sequence[Tensor | None] = (None,) * 3
+    of_sparse = None
+    if sparse is not None:
+        others = found = sparse.statistics()
+        if call.plan == "frozen_head":
+            slopes = RowSlopes(found.lse, found.entropy, torch.ones_like(found.lse), None)
+            of_sparse = sparse.gradients(slopes, wants_hidden=True)
     if call.plan == "fused_forward":
         results = call.engine.fused_forward(call.gather(call.hidden), call.weight, call.row_targets, call.transform)
     elif call.plan == "frozen_head":
@@ -209,7 +290,8 @@ def forward_pass(call: HeadCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]
             slopes = RowSlopes(found.lse, found.entropy, ones[piece.slice], None)
             return call.engine.gradient(piece.rows, slopes, dtype=call.hidden.dtype, out=piece.out)
 
-        unit_gradient = _gradient_pass(call, unit, live, Wanted.of((True, False, False))).hidden
+        want = Wanted.of((True, False, False))
+        unit_gradient = _gradient_pass(call, unit, live, want, sparse=of_sparse).hidden
     else:
         by_tile, rows = call.budget.staged_rows > 0, call.budget.rows_at_once
         workspace = Workspace(call, min(call.num_rows, rows), by_tile=by_tile, with_dx=False)
@@ -217,27 +299,30 @@ def forward_pass(call: HeadCall) -> tuple[Tensor, Tensor, Tensor, Tensor | None]
             for piece in workspace.pieces(workspace.chunk(start, stop)):
                 with piece.stream:
                     statistics(piece)
-    logprobs, entropy, lse = (call.scatter(values) for values in results)
+    logprobs, entropy, lse = (
+        _together(call, values, sparse, other) for values, other in zip(results, others, strict=True)
+    )
     return logprobs, entropy, lse, unit_gradient
 
 
 def backward_pass(call: HeadCall, lse: Tensor, entropy: Tensor, g: Tensor, e: Tensor | None, want: Wanted) -> Gradients:
     """Gradients from the slopes g = dloss/dlogprob and e = dloss/dentropy `[T]`, computing the logits again."""
-    slopes, scale = scaled_slopes(call, lse, entropy, g, e)
+    whole = RowSlopes(lse, entropy, g, e)
+    call, sparse = by_kind(call)
+    slopes, scale = scaled_slopes(call, whole)
     live = slopes.g != 0 if slopes.e is None else (slopes.g != 0) | (slopes.e != 0)
 
     def rows(piece: Piece) -> Tensor:
         return call.engine.gradient(piece.rows, slopes.part(piece.slice), dtype=call.hidden.dtype, out=piece.out)
 
-    return _gradient_pass(call, rows, live, want, scale)
+    of_sparse = None if sparse is None else sparse.backward(whole, wants_hidden=want.hidden)
+    return _gradient_pass(call, rows, live, want, scale, sparse=of_sparse)
 
 
-def scaled_slopes(
-    call: HeadCall, lse: Tensor, entropy: Tensor, g: Tensor, e: Tensor | None
-) -> tuple[RowSlopes, Tensor | None]:
+def scaled_slopes(call: HeadCall, slopes: RowSlopes) -> tuple[RowSlopes, Tensor | None]:
     """The computed rows' slopes `[n]` from `[T]`, multiplied by the scale that comes beside them, if there is one."""
-    lse, entropy, g = (call.gather(values) for values in (lse, entropy, g))
-    e = None if e is None else call.gather(e)
+    lse, entropy, g = (call.gather(values) for values in (slopes.lse, slopes.entropy, slopes.g))
+    e = None if slopes.e is None else call.gather(slopes.e)
     if not call.scales_dx:
         return RowSlopes(lse, entropy, g, e), None
     scale = call.grad_scale(g, e)
@@ -258,7 +343,11 @@ def objective_pass(
         tokens, weights: of all T tokens.
         row_counts: computed rows of each sequence, for objectives that couple a sequence's tokens; else None.
     """
+    call, sparse = by_kind(call)
     results = ObjectiveResults(call.new_rows(), call.new_rows(), call.new_rows(torch.bool))
+    others = of_sparse = None
+    if sparse is not None:
+        others, of_sparse = sparse.objective(tokens, weights, config, wants_hidden=want.hidden)
     if call.rows is not None:
         tokens, weights = tokens.rows(call.rows, row_counts), weights[call.rows]
     scale = None
@@ -275,8 +364,10 @@ def objective_pass(
         place = ObjectiveResults(*(whole[piece.slice] for whole in results))
         return call.engine.objective_rows(piece.rows, own, place, dtype=call.hidden.dtype, out=piece.out)
 
-    gradients = _gradient_pass(call, rows, results.live, want, scale, row_counts)
-    return call.scatter(results.logprobs), call.scatter(results.entropy), gradients
+    gradients = _gradient_pass(call, rows, results.live, want, scale, row_counts, of_sparse)
+    logprobs = _together(call, results.logprobs, sparse, others and others.logprobs)
+    entropy = _together(call, results.entropy, sparse, others and others.entropy)
+    return logprobs, entropy, gradients
 
 
 def _gradient_pass(
@@ -286,6 +377,7 @@ def _gradient_pass(
     want: Wanted,
     scale: Tensor | None = None,
     row_counts: list[int] | None = None,
+    sparse: SparseGradients | None = None,
 ) -> Gradients:
     """Chunk by chunk: logits and row function of every piece, then the backward products.
 
@@ -293,6 +385,7 @@ def _gradient_pass(
         live: `[n]` bool, known for a piece's rows once the row function has run: whether their dx is not zero.
         scale: by which dx is larger than it is.
         row_counts: computed rows of each sequence where a chunk must hold whole sequences.
+        sparse: of the rows that are not dense.
     """
     by_tile = call.budget.staged_rows > 0 and row_counts is None
     rows_at_once = call.budget.rows_at_once if by_tile else call.budget.chunk_rows
@@ -304,9 +397,9 @@ def _gradient_pass(
         chunk = workspace.chunk(start, stop)
         for piece in workspace.pieces(chunk):
             with piece.stream:
-                dx = rows(piece)
-        sink.add(chunk, dx if chunk.dx is None else chunk.dx, live[start:stop])
-    return sink.finish()
+                piece.write(rows(piece))
+        sink.add(chunk, live[start:stop])
+    return sink.finish(sparse)
 
 
 # -- where chunks of dx come together ---------------------------------------------------------------------------------
@@ -331,9 +424,9 @@ class GradientSink:
         self.bias = hidden.new_zeros(vocab, dtype=call.accumulator) if want.bias else None
         self.weight = want.main_grad if scale is None else None
 
-    def add(self, chunk: Chunk, dx: Tensor, live: Tensor) -> None:
+    def add(self, chunk: Chunk, live: Tensor) -> None:
         """Take in dx `[R, V]` of a chunk; rows that are not `live` `[R]` are zero."""
-        call, hidden = self.call, chunk.hidden[: chunk.stop - chunk.start]
+        call, dx, hidden = self.call, chunk.dx, chunk.hidden[: chunk.stop - chunk.start]
         whole = slice(chunk.start, chunk.stop)
         index: Tensor | slice = whole if call.rows is None else call.rows[whole]
         self.chunks_left -= 1
@@ -361,17 +454,24 @@ class GradientSink:
         assert self.weight is not None
         call.engine.grad_weight(dx, hidden, self.weight, base)
 
-    def finish(self) -> Gradients:
-        """The gradients in the inputs' dtypes; the weight's is None if `main_grad` took it."""
-        call, weight, main_grad = self.call, self.weight, self.want.main_grad
-        bias = None if self.bias is None else unscaled(self.bias, self.scale).to(call.grad_dtype)
+    def finish(self, sparse: SparseGradients | None = None) -> Gradients:
+        """The gradients in the inputs' dtypes, with those of sparse rows; the weight's is None if `main_grad` took it.
+
+        An id that both kinds of rows touch is rounded twice: the dense product rounds its own sum.
+        """
+        call, want, weight, main_grad = self.call, self.want, self.weight, self.want.main_grad
+        bias = None if self.bias is None else unscaled(self.bias, self.scale)
         if weight is not None and weight is not main_grad:
             weight = unscaled(weight, self.scale)
             if main_grad is not None:
                 main_grad.add_(weight)
-        elif self.want.weight and main_grad is None:  # no rows at all
-            weight = call.weight.new_zeros(call.weight.shape, dtype=call.grad_dtype)
-        return Gradients(self.hidden, None if main_grad is not None else weight, bias)
+        elif want.weight and main_grad is None:  # no dense rows at all
+            weight = call.engine.new_buffer(call.weight, tuple(call.weight.shape), call.grad_dtype).zero_()
+        if sparse is not None:
+            sparse.add_to(self.hidden, weight if main_grad is None else main_grad, bias)
+        return Gradients(
+            self.hidden, None if main_grad is not None else weight, None if bias is None else bias.to(call.grad_dtype)
+        )
 
 
 def unscaled(values: Tensor, scale: Tensor | None) -> Tensor:
