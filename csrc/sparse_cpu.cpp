@@ -283,15 +283,9 @@ void sparse_objective(const Operands& operands, const Supports& supports, const 
 #pragma omp parallel for num_threads(launch.threads) schedule(dynamic, 8)
   for (int64_t t = 0; t < supports.num_rows; ++t) {
     const Row row = row_of(rows, supports.offsets, t);
-    bool moves = false;
-    if (row.length == 1 && rows.targets[t] == 0) {
-      logprobs[t] = entropy[t] = row.logits[0] = 0.0f;
-      live[t] = 0;
-    } else {
-      dots(row_at(operands.hidden, operands.dtype, operands.width, t), operands.weight, operands.width,
-           supports.ids + supports.offsets[t], row.length, last, row.logits);
-      moves = pass(row, t, rows.targets[t]);
-    }
+    dots(row_at(operands.hidden, operands.dtype, operands.width, t), operands.weight, operands.width,
+         supports.ids + supports.offsets[t], row.length, last, row.logits);
+    const bool moves = pass(row, t, rows.targets[t]);
     if (!grad_hidden.values) continue;
     if (moves) {
       row_grad_hidden(sum, supports, rows.logits, t);

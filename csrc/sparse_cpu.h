@@ -1,10 +1,10 @@
 // Rows on their supports, for the CPU: gathered rows of the weight instead of products with all of it.
 //
-// Legend: R rows, N entries of all of them, H hidden size, V vocabulary. Row t's entries j are [offsets[t], offsets[t + 1]);
-// each has an id, 0 <= id < V, which the caller has checked. Rows of memory follow each other without gaps.
+// Legend: R rows, N entries of all of them, H hidden size, V vocabulary. Row t has the entries j of [offsets[t],
+// offsets[t + 1]), each with an id, 0 <= id < V, which the caller has checked. Matrices have no gaps between their rows.
 //     x_j = hidden[row of j] . weight[id of j]
-// Sums are float32, each in an order of its own that depends on nothing but its terms' number: not on the other rows, not on
-// the number of threads. A row is one thread's, and so is an id's row of the weight's gradient, or a block of its columns.
+// Sums are float32, in an order that depends on the number of their terms only: not on other rows, not on the number of
+// threads. A row is one thread's, and so is an id's row of the weight's gradient, or a block of its columns.
 // Bytes: a gathered row is read from memory once, 2 H or 4 H; a touched row of the gradient is read and written.
 #pragma once
 
@@ -49,7 +49,6 @@ void sparse_grad_weight(const float* dx, const Operands& operands, const int32_t
 size_t sparse_sort_bytes(int64_t num_entries);
 
 // One visit of each row: raw products, row_objective, dx over them (`rows.logits` [N]), and dHidden if `out.values`.
-// A row of nothing but its target is not computed: logprob 0, entropy 0, dx 0.
 void sparse_objective(const Operands& operands, const Supports& supports, const Rows& rows, const Objective& objective,
                       const TokenArrays& tokens, float entropy_gradient, float grad_scale, float* logprobs,
                       float* entropy, uint8_t* live, Sums grad_hidden, Launch launch);

@@ -136,11 +136,19 @@ class CpuBackend(TorchBackend):
 
     # -- products on supports ----------------------------------------------------------------------------------------
 
+    # Torch serves matrices with gaps, which C++ would have copied whole.
+
     def sparse_logits(self, hidden: Tensor, weight: Tensor, of: RowIds, out: Tensor) -> None:
+        if not weight.is_contiguous():
+            super().sparse_logits(hidden, weight, of, out)
+            return
         native = NativeSupports(hidden, weight, of)
         _C.sparse_logits(native.operands, native.supports, **addresses(out=out), threads=torch.get_num_threads())
 
     def sparse_grad_hidden(self, dx: Tensor, weight: Tensor, of: RowIds, out: Tensor) -> None:
+        if not (weight.is_contiguous() and out.is_contiguous()):
+            super().sparse_grad_hidden(dx, weight, of, out)
+            return
         native = NativeSupports(None, weight, of)
         _C.sparse_grad_hidden(
             native.operands,
@@ -151,6 +159,9 @@ class CpuBackend(TorchBackend):
         )
 
     def sparse_grad_weight(self, dx: Tensor, hidden: Tensor, of: RowIds, out: Tensor) -> None:
+        if not out.is_contiguous():
+            super().sparse_grad_weight(dx, hidden, of, out)
+            return
         native, num_entries = NativeSupports(hidden, None, of), of.ids.numel()
         scratch = of.ids.new_empty(_C.sparse_sort_bytes(num_entries), dtype=torch.uint8)
         _C.sparse_grad_weight(
@@ -172,7 +183,8 @@ class CpuBackend(TorchBackend):
         results: ObjectiveResults,
         grad_hidden: Tensor | None,
     ) -> Tensor:
-        if (kernel := objective.kernel) is None:
+        gaps = not (weight.is_contiguous() and (grad_hidden is None or grad_hidden.is_contiguous()))
+        if (kernel := objective.kernel) is None or gaps:
             return super().sparse_objective(hidden, weight, of, rows, objective, results, grad_hidden)
         native, native_rows, kept = NativeSupports(hidden, weight, of), NativeRows(_C, rows), objective.tensors()
         _C.sparse_objective(
@@ -326,15 +338,14 @@ class NativeSupports:
     """Rows' supports and what is gathered for them as C++ takes them, and what the addresses point to."""
 
     def __init__(self, hidden: Tensor | None, weight: Tensor | None, of: RowIds) -> None:
-        given = [None if t is None else t.contiguous() for t in (hidden, weight)]
-        self.kept = (*given, of)
-        (like,) = {(t.dtype, t.shape[1]) for t in given if t is not None}
+        hidden = None if hidden is None else hidden.contiguous()
+        like = hidden if weight is None else weight
+        assert like is not None
+        self.kept = (hidden, weight, of)
         self.operands = _C.Operands(
-            **addresses(hidden=given[0], weight=given[1]), dtype=_dtype(like[0]), width=like[1]
+            **addresses(hidden=hidden, weight=weight), dtype=_dtype(like.dtype), width=like.shape[1]
         )
-        self.supports = _C.Supports(
-            **addresses(ids=of.ids, offsets=of.offsets), num_rows=of.offsets.numel() - 1
-        )
+        self.supports = _C.Supports(**addresses(ids=of.ids, offsets=of.offsets), num_rows=of.offsets.numel() - 1)
 
 
 def _scratch(like: Tensor) -> tuple[Tensor, int]:
