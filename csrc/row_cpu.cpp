@@ -185,7 +185,7 @@ struct GradientBody {
 
 // Rows of one length are shared out evenly, others as threads come free.
 template <typename Body>
-void for_rows(const Rows& rows, const int64_t* offsets, int threads, Body body) {
+void for_rows(const Rows& rows, const int64_t* offsets, [[maybe_unused]] int threads, Body body) {
   if (!offsets) {
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t t = 0; t < rows.num_rows; ++t) body(row_of(rows, nullptr, t), t);

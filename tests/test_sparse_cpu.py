@@ -272,7 +272,7 @@ def test_objectives(kwargs: dict[str, Any]) -> None:
     config = LossConfig(**kwargs)
     case = make(torch.bfloat16, config=config)
     case.hidden.mul_(0.1)  # policies that are near each other
-    if config.importance_sampling_mode.startswith("sequence"):  # known before the rows are
+    if (config.importance_sampling_mode or "").startswith("sequence"):  # known before the rows are
         tokens = replace(case.objective.tokens, importance=torch.linspace(0.5, 1.5, case.num_rows))
         case = replace(case, objective=replace(case.objective, tokens=tokens))
     if slope_scope(config, has_old=True) != "row":
