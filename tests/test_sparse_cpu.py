@@ -218,6 +218,14 @@ def test_only_ids_that_occur_are_touched(dtype: torch.dtype) -> None:
     assert out[occurs].abs().amax(1).gt(0).all()
 
 
+@pytest.mark.parametrize("vocab", [2, 2048, 2049, 70001])
+def test_ids_are_sorted_digit_by_digit(vocab: int) -> None:
+    case = make(width=3, sizes=(min(vocab, 1500),) * 2, vocab=vocab)
+    dx, out = torch.randn(case.of.ids.shape), torch.zeros(vocab, 3)
+    case.cpu.sparse_grad_weight(dx, case.hidden, case.of, out)
+    assert rel_rms(out, dense_entries(case, dx).T @ case.hidden.double()) <= 1e-6
+
+
 @pytest.mark.parametrize("transform", HEADS)
 def test_rows_match_float64(transform: Transform) -> None:
     case = make(transform=transform, lost=4)
@@ -365,6 +373,16 @@ def test_a_lost_target_spoils_its_row_only() -> None:
     assert results.logprobs[4].isnan()
     assert grad_hidden[4].isnan().all()
     assert dx.isnan().sum() == SIZES[4]
+
+
+def test_rows_without_a_gradient_say_so() -> None:
+    case = make(torch.bfloat16, config=LossConfig())
+    case.objective.tokens.advantages[::2] = 0.0
+    dx, results, grad_hidden = case.fused(torch.bfloat16)
+    assert results.live.tolist() == [t % 2 == 1 for t in range(case.num_rows)]
+    assert grad_hidden[::2].eq(0).all()
+    assert dx[case.of.rows % 2 == 0].eq(0).all()
+    assert grad_hidden[1::2].abs().amax(1)[[0, 1, 3]].gt(0).all()  # the other is a row of one
 
 
 # -- memory -----------------------------------------------------------------------------------------------------------

@@ -322,6 +322,11 @@ TEST(no_rows_are_nothing) {
   std::vector<uint64_t> scratch(grpo_fast::sparse_sort_bytes(0) / 8);
   const Launch launch{1, grpo_fast::detected_isa()};
   grpo_fast::sparse_logits(operands, {nullptr, offsets, 0}, nullptr, launch);
+  const int64_t one_empty_row[] = {0, 0};
+  std::vector<float> nothing(8, kGuard);
+  grpo_fast::sparse_grad_hidden(nullptr, operands, {nullptr, one_empty_row, 1}, {DType::kFloat32, nothing.data()},
+                                launch);
+  CHECK(nothing == std::vector<float>(8, 0.0f), "the sum of nothing: %g", double(nothing[0]));
   const grpo_fast::Sums nowhere{DType::kFloat32, nullptr};
   grpo_fast::sparse_grad_weight(nullptr, operands, nullptr, nullptr, 0, 8, nowhere, scratch.data(), launch);
   CHECK_THROWS(grpo_fast::sparse_grad_weight(nullptr, operands, nullptr, nullptr, int64_t{1} << 32, 8, nowhere, nullptr,
