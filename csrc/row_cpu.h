@@ -33,7 +33,7 @@ void row_objective(const Rows& rows, const Objective& objective, const TokenArra
                    float grad_scale, DType dtype, float* logprobs, float* entropy, uint8_t* live, Launch launch,
                    const int64_t* offsets = nullptr);
 
-// -- one row, for functions that do more with it (sparse_cpu.cpp) ------------------------------------------------------
+// -- one row, for functions that do more with it (sparse_cpu.cpp) -----------------------------------------------------
 
 // What turns a row's raw products into logits.
 struct RowTransform {

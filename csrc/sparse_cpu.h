@@ -1,7 +1,7 @@
 // Rows on their supports, for the CPU: gathered rows of the weight instead of products with all of it.
 //
 // Legend: R rows, N entries of all of them, H hidden size, V vocabulary. Row t has the entries j of [offsets[t],
-// offsets[t + 1]), each with an id, 0 <= id < V, which the caller has checked. Matrices have no gaps between their rows.
+// offsets[t + 1]), each with an id, 0 <= id < V, which the caller has checked. Matrices have no gaps between rows.
 //     x_j = hidden[row of j] . weight[id of j]
 // Sums are float32, in an order that depends on the number of their terms only: not on other rows, not on the number of
 // threads. A row is one thread's, and so is an id's row of the weight's gradient, or a block of its columns.

@@ -376,7 +376,7 @@ def test_a_lost_target_spoils_its_row_only() -> None:
 
 
 def test_rows_without_a_gradient_say_so() -> None:
-    case = make(torch.bfloat16, config=LossConfig())
+    case = make(torch.bfloat16, config=LossConfig(loss_type="reinforce"))
     case.objective.tokens.advantages[::2] = 0.0
     dx, results, grad_hidden = case.fused(torch.bfloat16)
     assert results.live.tolist() == [t % 2 == 1 for t in range(case.num_rows)]

@@ -142,7 +142,7 @@ class CpuBackend(TorchBackend):
         #   bf16, products here    0.41 and 0.19 us an entry, 2.5 and 0.47 ms a dense row    V / 24 and V / 20
         #   float32                0.54 and 0.27              15 and 1.4                     V / 6  and V / 10
         #   fp16, torch's products 0.69 and 0.32              18 and 1.6                     V / 6  and V / 10
-        # Two cores share the memory that gathers wait for, and entries take memory besides the workspace: less than that.
+        # Less than that: cores share the memory that gathers wait for, and entries take memory besides the workspace.
         return 32 if _multiplies(dtype) else 16
 
     # Torch serves matrices with gaps, which C++ would have copied whole.
