@@ -1,5 +1,5 @@
-// sparse_cpu.h against plain double loops and against row_cpu.h: every instruction set and dtype, ragged widths, supports
-// of one, two, hundreds and all of the vocabulary, tokens that every row could have chosen.
+// sparse_cpu.h against plain double loops and against row_cpu.h: every instruction set and dtype, ragged widths,
+// supports of one, two, hundreds and all of the vocabulary, tokens that every row could have chosen.
 
 #include <cstring>
 #include <numeric>
@@ -20,7 +20,7 @@ using grpo_fast::Supports;
 constexpr int64_t kVocab = 400;
 constexpr int64_t kWidths[] = {1, 7, 16, 33, 64, 1100};  // around a vector, and beyond the columns of one sum
 
-// [rows, width] of a dtype, and the same in double; with memory to spare that nobody may touch.
+// [rows, width] of a dtype.
 struct Matrix {
   DType dtype;
   int64_t rows, width;
@@ -69,7 +69,8 @@ struct Case {
     for (size_t t = 0; t < sizes.size(); ++t) {
       if (sizes[t] < kVocab) std::shuffle(all.begin(), all.end(), random);
       if (sizes[t] == kVocab) std::sort(all.begin(), all.end());
-      if (sizes[t] > 1) std::iter_swap(std::find(all.begin(), all.end(), 7), all.begin() + (sizes[t] == kVocab ? 7 : 1));
+      const auto seven = std::find(all.begin(), all.end(), 7);
+      if (sizes[t] > 1 && sizes[t] < kVocab) std::iter_swap(seven, all.begin() + 1);
       ids.insert(ids.end(), all.begin(), all.begin() + sizes[t]);
       rows.insert(rows.end(), size_t(sizes[t]), int64_t(t));
       offsets.push_back(int64_t(ids.size()));
@@ -158,10 +159,11 @@ TEST(sums_into_hidden_match_double) {
 }
 
 // dWeight into `out`, over `before`.
-void add_grad_weight(const Case& given, const std::vector<float>& dx, Matrix& out, Launch launch) {
+void add_grad_weight(const Case& given, const std::vector<float>& dx, Matrix& out, Launch launch,
+                     int64_t vocab = kVocab) {
   std::vector<uint64_t> scratch(grpo_fast::sparse_sort_bytes(given.num_entries()) / 8 + 1, 0x5a5a5a5a);
   grpo_fast::sparse_grad_weight(dx.data(), given.operands(), given.ids.data(), given.rows.data(), given.num_entries(),
-                                kVocab, out.sums(), scratch.data(), launch);
+                                vocab, out.sums(), scratch.data(), launch);
   CHECK(scratch.back() == 0x5a5a5a5a, "scratch of %zu words was too small", scratch.size() - 1);
 }
 
@@ -177,7 +179,8 @@ void check_grad_weight(const Case& given, DType dtype, Isa isa) {
   add_grad_weight(given, dx, out, {1, isa});
   for (int64_t v = 0; v < kVocab; ++v) {
     for (size_t i = 0; i < row_bytes && entries[size_t(v)].empty(); ++i) {
-      CHECK(uint8_t(out.bytes[size_t(v) * row_bytes + i]) == 0xff, "id %d does not occur, but byte %zu changed", int(v), i);
+      const uint8_t byte = uint8_t(out.bytes[size_t(v) * row_bytes + i]);
+      CHECK(byte == 0xff, "id %d does not occur, but byte %zu changed", int(v), i);
     }
     for (int64_t c = 0; c < out.width && !entries[size_t(v)].empty(); ++c) {
       double exact = before.at(v, c), size = std::abs(exact);
@@ -313,6 +316,19 @@ TEST(supports_share_nothing_but_memory) {
     grpo_fast::sparse_logits(operands, {&given.ids[size_t(start)], offsets, 1}, alone.data(), {1, isa});
     const std::vector<float> all = logits_of(given, {2, isa});
     CHECK(std::memcmp(alone.data(), &all[size_t(start)], 12) == 0, "isa %d", int(isa));
+  }
+}
+
+TEST(digits_of_ids_do_not_matter) {  // how many the vocabulary's size makes of them; every id once fills the scratch
+  Case given(DType::kFloat32, 7, {300}, 95);
+  const std::vector<float> dx = given.slopes(5);
+  Matrix expected(DType::kFloat32, kVocab, 7, 13);
+  const Launch launch{1, grpo_fast::detected_isa()};
+  add_grad_weight(given, dx, expected, launch);
+  for (const int bits : {9, 20, 30}) {
+    Matrix out(DType::kFloat32, kVocab, 7, 13);
+    add_grad_weight(given, dx, out, launch, int64_t{1} << bits);
+    CHECK(out.bytes == expected.bytes, "%d bits", bits);
   }
 }
 
