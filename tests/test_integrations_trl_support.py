@@ -1,4 +1,4 @@
-"""TRL's sampling with top-p or top-k: what the sampler kept is recorded and stays with its tokens; the loss is on it."""
+"""TRL's sampling with top-p or top-k: what the sampler kept is recorded, stays with its tokens, and is used."""
 
 from __future__ import annotations
 
