@@ -294,6 +294,10 @@ def test_a_rollout_function_tells_supports(folder: Path, classes: tuple[Any, Any
     for form in ("ids", "support", "mask"):
         assert not trl_runs.differences(run(form), first, 1e-6), form
     assert first[0]["entropy"] < 0.7 * whole[0]["entropy"]
+    measured = {name: value for name, value in first[0].items() if name.startswith("support/")}
+    count = first[0]["completions/mean_length"]  # of each, the last was drawn from all
+    assert measured.pop("support/mean") == pytest.approx((4 * (count - 1) + tiny.VOCAB_SIZE) / count)
+    assert measured == {"support/median": 4, "support/max": tiny.VOCAB_SIZE, "support/singleton_fraction": 0}
     with pytest.raises(ValueError, match=r"support: expected the target"):
         run("shifted")
 

@@ -17,7 +17,8 @@ kept at each place are recorded; log-probabilities, entropies and the loss are t
 (`docs/support.md`), the one that was sampled from. `accelerate_trainer(trainer, support="off")`, or
 `trainer.grpo_fast.support = "off"`, scores over the whole vocabulary, as TRL does. Nothing is recorded of vLLM, of
 continuous batching, or in a subclass with scoring of its own; a batch in which a tool led to another turn is scored
-over the whole vocabulary. An engine that knows what it kept says it through TRL's `rollout_func`, under "support":
+over the whole vocabulary. The log has `support/mean` and the like. An engine that knows what it kept says it through
+TRL's `rollout_func`, under "support":
 
     def rollout(prompts, trainer):                                      # an entry a completion: id lists, a bool mask
         ...                                                             # [n, V], ids padded with -1, or a Support
@@ -38,7 +39,7 @@ import torch
 from grpo_fast.integrations.lm_head import FusedHead, Objective, fuse_lm_head
 from grpo_fast.integrations.trl.inputs import model_inputs
 from grpo_fast.integrations.trl.options import loss_config, neutral_where_masked, objective_of
-from grpo_fast.integrations.trl.support import COLUMN, Supports, padded, recorded
+from grpo_fast.integrations.trl.support import COLUMN, Supports, measures, padded, recorded
 from grpo_fast.integrations.versions import release, require
 
 VERSION = require("trl", at_least="1.13", below="1.17")
@@ -107,6 +108,7 @@ class _Accelerated:
     accelerator: Any
     model: Any
     use_vllm: bool
+    _metrics: dict[str, Any]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -189,6 +191,10 @@ class _Accelerated:
         told = [fields.pop(COLUMN) for fields in result if isinstance(fields, dict) and COLUMN in fields]
         if state.support == "auto":
             state.supports.settle(result[1], told[0] if told else None)
+        if state.supports.current is not None:
+            sizes = measures(state.supports.current, state.lm.config.get_text_config().vocab_size)
+            for name, value in sizes.items():
+                self._metrics["train" if self.model.training else "eval"][name].append(value)
         return result
 
     def _generate_and_score_completions(self, inputs: Any) -> Any:
@@ -204,8 +210,9 @@ class _Accelerated:
 
     def _records(self) -> bool:
         """Whether `generate` is watched: it is transformers' own, which makes its tokens one step after another."""
-        batching = getattr(self, "use_transformers_continuous_batching", False)
-        return self.grpo_fast.support == "auto" and not (self.use_vllm or batching)
+        batching = ("use_transformers_continuous_batching", "use_transformers_paged")  # its name, and an older one
+        others = self.use_vllm or any(getattr(self, name, False) for name in batching)
+        return self.grpo_fast.support == "auto" and not others
 
 
 class GRPOTrainer(_Accelerated, _TRLTrainer):  # type: ignore[misc]

@@ -149,5 +149,17 @@ def padded(supports: list[Support], length: int) -> Support:
     return Support.cat([part for support in supports for part in (support, _whole(length - support.num_rows))])
 
 
+def measures(supports: list[Support], vocab: int) -> dict[str, float]:
+    """For the log, of one rank's generation: tokens in a support, V where nothing was cut; how many are of one."""
+    sizes = torch.cat([support.sizes for support in supports])
+    sizes = sizes.masked_fill(sizes == 0, vocab)
+    return {
+        "support/mean": float(sizes.double().mean()),
+        "support/median": float(sizes.median()),
+        "support/max": float(sizes.max()),
+        "support/singleton_fraction": float((sizes == 1).double().mean()),
+    }
+
+
 def _whole(rows: int) -> Support:
     return Support.trusted(torch.empty(0, dtype=torch.int32), torch.zeros(rows + 1, dtype=torch.int64))
