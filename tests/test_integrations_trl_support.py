@@ -223,9 +223,11 @@ def changed(turn: Any) -> Any:
 
 
 def in_two_turns(turn: Any) -> Any:
+    """As after a tool's answer: what is generated then comes behind what was."""
+
     def single_turn(*args: Any, **kwargs: Any) -> Any:
-        turn(*args, **kwargs)
-        return turn(*args, **kwargs)
+        first, second = turn(*args, **kwargs), turn(*args, **kwargs)
+        return [one + two for one, two in zip(first[0], second[0], strict=True)], *first[1:]
 
     return single_turn
 

@@ -100,8 +100,8 @@ class Supports:
                 raise ValueError(f"support: expected {len(completions)} entries, one a completion; got {len(told)}")
             self.current = [support_of(one, len(ids)) for one, ids in zip(told, completions, strict=True)]
         elif turns:
-            said, supports = turns[0]
-            if len(turns) == 1 and supports is not None and said == [list(ids) for ids in completions]:
+            said, supports = turns[0]  # with further ones, completions hold tools' answers, if not the same tokens
+            if supports is not None and said == [list(ids) for ids in completions]:
                 self.current = supports
             elif not self._warned:
                 self._warned = True
