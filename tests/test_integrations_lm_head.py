@@ -181,8 +181,12 @@ def _check_gradients(rank: int, mode: str) -> None:
         mine = {name: values[part] for name, values in data.items()}
         mask = mine["labels"][:, -COMPLETION:] != -100
         objective = Objective(advantages[part], mask, config=LossConfig(), normalizer=10.0)
-        total = model(**mine, fused_lm_head=objective).loss
-        return total if mode == "ddp" else total + 0.1 * model(**mine, fused_lm_head=True).log_probs.sum()
+        kept = (mine["input_ids"].unsqueeze(-1) + torch.arange(3)) % tiny.VOCAB_SIZE
+        support = Support.from_padded(kept[:, -COMPLETION:])
+        if mode == "ddp":
+            return model(**mine, fused_lm_head=objective, support=support).loss
+        scores = model(**mine, fused_lm_head=True, support=support).log_probs
+        return model(**mine, fused_lm_head=objective).loss + 0.1 * scores.sum()
 
     ((loss(plain, slice(0, 2)) + loss(plain, slice(2, 4))) / 2).backward()
     wrapped = _wrapped(model, mode)

@@ -251,6 +251,30 @@ def test_what_cannot_be_matched_is_left_aside(
     assert sum("support: what the sampler kept" in record.message for record in caplog.records) == 1
 
 
+def test_the_recorder_knows_what_it_saw() -> None:
+    """Completions in another order, a step looked at twice (drafts) or missing: nothing."""
+    from grpo_fast.integrations.trl.support import Recorder
+
+    prompts, said = torch.tensor([[7, 8], [8, 9]]), torch.tensor([[1, 2, 3], [4, 0, 1]])
+
+    def recorded(steps: list[int]) -> Recorder:
+        recorder = Recorder()
+        for step in steps:
+            scores = torch.full((2, 5), -torch.inf)
+            scores[:, step] = 0.0
+            scores.scatter_(1, said[:, step : step + 1], 0.0)
+            assert recorder(torch.cat([prompts, said[:, :step]], dim=1), scores) is scores
+        return recorder
+
+    supports = recorded([0, 1, 2]).supports([[1, 2, 3], [4]])
+    assert supports is not None
+    assert [support.sizes.tolist() for support in supports] == [[2, 2, 2], [2]]
+    assert [support.token_ids.tolist() for support in supports] == [[0, 1, 1, 2, 2, 3], [0, 4]]
+    assert recorded([0, 1, 2]).supports([[4, 0, 1], [1, 2, 3]]) is None
+    assert recorded([0, 1, 1]).supports([[1, 2], [4, 0]]) is None
+    assert recorded([0, 1]).supports([[1, 2, 3], [4]]) is None
+
+
 # -- a rollout function that tells ------------------------------------------------------------------------------------
 
 
