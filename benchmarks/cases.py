@@ -288,8 +288,8 @@ class Batch:
 def make_batch(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Batch:
     """Random inputs: logits of standard deviation 2.5, targets drawn from the model's own distribution.
 
-    Old and reference log-probabilities are the true ones plus normal drift, advantages are normal. With supports targets
-    are drawn from the distribution on them, to which the log-probabilities belong; those of single tokens are 0.
+    Old and reference log-probabilities are the true ones plus normal drift, advantages are normal. With supports,
+    targets are drawn from the distribution on them, which the log-probabilities are of; those of single tokens are 0.
     """
     device = torch.device(device)
     generator = torch.Generator(device=device).manual_seed(seed)

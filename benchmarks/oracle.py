@@ -1,9 +1,9 @@
 """Who may be timed: errors against float64, and how large they may be.
 
 Log-probabilities and entropies are compared at the measured shape, on 64 rows; the loss and its gradients on a small
-shape with the same scenario, where the float64 oracle (`grpo_fast.reference`) fits. Supports are masks of float64 logits
-there; who computes on the whole vocabulary is checked on it. A contender may be twice as far off
-as plain bf16 eager, or at the floors of the project's own bf16 tolerances, whichever is more.
+shape with the same scenario, where the float64 oracle (`grpo_fast.reference`) fits. Supports are masks of its logits;
+who computes on the whole vocabulary is checked on it. A contender may be twice as far off as plain bf16 eager, or at
+the floors of the project's own bf16 tolerances, whichever is more.
 """
 
 from __future__ import annotations

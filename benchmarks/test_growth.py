@@ -3,8 +3,8 @@
     pytest benchmarks/test_growth.py -s --benchmark-json=results/growth.json
 
 A full step with the head of SmolLM2-135M. A rival stops, with the reason, where its memory would not fit the machine.
-With supports (`-k support`): time and memory with V at a mean of 8 tokens; time with the size of all rows' supports, each
-way of computing them forced, which is where the limit between them (`sparse_share`) was taken from.
+With supports (`-k support`): time and memory with V at a mean of 8 tokens; time with the size of all rows' supports,
+each way of computing them forced, which is where the limit between them (`sparse_share`) was taken from.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
     pytest benchmarks/test_loss.py -k "SmolLM2 and full" -s --benchmark-json=results/out.json
 
 On a CPU the full step is measured with every contender, the other scenarios with this library and TRL's two faster
-paths; on a GPU everything with everyone. Scenarios with supports (`-k support`) are measured with this library, with and
-without them, and with masks of the full logits. `-m quick` is the selection of `make bench`.
+paths; on a GPU everything with everyone. Scenarios with supports (`-k support`) are measured with this library, with
+and without them, and with masks of the full logits. `-m quick` is the selection of `make bench`.
 """
 
 from __future__ import annotations
