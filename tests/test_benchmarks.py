@@ -192,7 +192,7 @@ def test_inputs_are_realistic(scenario: Any) -> None:
         logits = logits.masked_fill(~mask_of(batch.support, 2000), -math.inf)
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     assert -batch.logprobs.mean().item() == pytest.approx(
-        entropy.mean().item(), rel=0.1
+        entropy.mean().item(), rel=0.1, abs=0.03
     )  # as of tokens drawn from the model
     active = (batch.advantages != 0).repeat_interleave(batch.cu_seqlens.diff()).sum()
     assert active == case.active_tokens
@@ -338,7 +338,8 @@ def _grown(record: dict[str, Any], axis: str, case: Case) -> dict[str, Any]:
 
 
 def test_report(record: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    grown = [_grown(record, axis, case) for axis, cases in growth_cases().items() for case in cases]
+    axes = {axis: cases for axis, cases in growth_cases().items() if not axis.startswith("support")}
+    grown = [_grown(record, axis, case) for axis, cases in axes.items() for case in cases]
     paths = [_file(tmp_path / "steps.json", [record]), _file(tmp_path / "growth.json", grown)]
     report.main([*map(str, paths), "--out", str(tmp_path / "out")])
     assert len(capsys.readouterr().out.splitlines()) == 3
