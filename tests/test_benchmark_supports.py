@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import charts, measure, report, support_figure, support_sizes, supports
+from benchmarks import charts, machine, measure, report, support_demo, support_figure, support_sizes, supports
 from benchmarks.baselines import CONTENDERS, MASKED, ON_SUPPORTS, SPARSE, Contender, Outcome, implementations
 from benchmarks.cases import SCENARIOS, Batch, Case, Model, Scenario, growth_cases, make_batch
 from benchmarks.measure import Measurement
@@ -348,3 +348,70 @@ def test_the_picture_of_supports(record: dict[str, Any], tmp_path: Path) -> None
     assert times == pytest.approx([1 / 3] * 8)
     with pytest.raises(ValueError, match="no growth"):
         support_figure.ratios_to_dense([record], "support_size_Qwen3-0.6B")
+
+
+# -- the demo with and without ----------------------------------------------------------------------------------------
+
+
+def _demo_run(folder: Path, rewards: list[float], update: float, **first: float) -> None:
+    folder.mkdir(parents=True)
+    rows: list[dict[str, float]] = [{"step": 0, "eval/reward": 0.1}]
+    rows += [
+        {"step": i, "reward": r, "time/update": update, "time/rollout": 1.0, "num_tokens": 100.0 * i}
+        for i, r in enumerate(rewards, start=1)
+    ]
+    rows[1] |= first
+    rows.append({"step": len(rewards), "eval/reward": rewards[-1]})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_the_demo_report(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(ValueError, match="got none"):
+        support_demo.load(tmp_path)
+    for seed in range(3):
+        rewards = [0.01 * seed] * 10 + [0.5 + 0.1 * seed] * 10
+        _demo_run(tmp_path / f"everything-seed{seed}", rewards, 2.0, **{"ratio/min": 1.0})
+        _demo_run(tmp_path / f"support-seed{seed}", rewards, 0.5 + seed, **{"ratio/min": 1.0, "support/mean": 9.0})
+    _demo_run(tmp_path / "off-seed0", [0.25] * 20, 2.0, **{"ratio/min": 0.95})
+    support_demo.main(["--out", str(tmp_path), "--report"])
+    said = capsys.readouterr().out
+    assert said.strip() == (tmp_path / "support_demo.md").read_text().strip()
+    last = "| reward, mean of the last 10 steps | 0.6 (0.5 to 0.7) | 0.6 (0.5 to 0.7) | 0.25 (0.25 to 0.25) |"
+    assert last in said
+    assert "| seconds of a step's update | 2 (2 to 2) | 1.5 (0.5 to 2.5) | 2 (2 to 2) |" in said
+    assert "| the same, ms a token | 20 (20 to 20) |" in said
+    assert "| first step: least ratio | 1 (1 to 1) | 1 (1 to 1) | 0.95 (0.95 to 0.95) |" in said
+    assert "| support, mean |  | 9 (9 to 9) |  |" in said
+    assert "ratio/max" not in said
+    assert "top-p 1: 0, 1, 2;" in said
+    assert (tmp_path / "support_demo.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_demo_runs_what_is_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **options: Any) -> SimpleNamespace:
+        commands.append(command)
+        folder = Path(next(o for o in command if o.startswith("output_dir=")).partition("=")[2])
+        _demo_run(folder, [0.5] * 6, 1.0)
+        (folder / "config.yaml").write_text("seed: 0\n")
+        return SimpleNamespace(returncode=int("loss.support=off" in command))
+
+    monkeypatch.setattr(machine, "machine_facts", lambda: {"torch": torch.__version__})
+    monkeypatch.setattr(support_demo.subprocess, "run", run)
+    given = ["--out", str(tmp_path), "--seeds", "0", "4", "--set", "max_steps=6"]
+    support_demo.main([*given, "--arms", "everything", "support"])
+    assert [[o for o in command if "top_p" in o or o.startswith("seed")] for command in commands] == [
+        ["rollout.top_p=1.0", "seed=0"],
+        ["rollout.top_p=0.95", "seed=0"],
+        ["rollout.top_p=1.0", "seed=4"],
+        ["rollout.top_p=0.95", "seed=4"],
+    ]
+    assert all("max_steps=6" in command and "export_final=false" in command for command in commands)
+    assert (tmp_path / "support-seed4" / "config.yaml").exists()
+    assert json.loads((tmp_path / "machine.json").read_text())["torch"] == torch.__version__
+    commands.clear()
+    with pytest.raises(SystemExit, match="off, seed 0: exit code 1"):
+        support_demo.main(given)
+    assert len(commands) == 1
+    assert not (tmp_path / "off-seed0").exists()
