@@ -237,9 +237,19 @@ def _label(axes: Any, axis: str, kind: str, records: Sequence[Record]) -> None:
     ticks = sorted({_x(r, axis) for r in records})
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xticks(ticks, [f"{tick:g}" if tick < 1e6 else f"{tick:.0f}" for tick in ticks], fontsize=8)
+    axes.set_xticks(ticks, tick_labels(ticks), fontsize=8)
     axes.minorticks_off()
-    _plain_log_ticks(axes.yaxis)
+    if kind == "extra":
+        axes.set_yscale("linear")
+        axes.set_ylim(bottom=0)
+    else:
+        _plain_log_ticks(axes.yaxis)
+
+
+def tick_labels(ticks: Sequence[float]) -> list[str]:
+    """Of a logarithmic axis, whose last step may be shorter than the others: there is no room for both its ends."""
+    step = ticks[:2][-1] / ticks[0]
+    return [f"{tick:.0f}" if tick == ticks[-1] or ticks[-1] / tick > 0.99 * step else "" for tick in ticks]
 
 
 def _plain_log_ticks(axis: Any) -> None:

@@ -58,7 +58,7 @@ def draw(records: Sequence[Mapping[str, Any]], models: Mapping[str, Any], png: P
 def _draw_cost(axes: Any, records: Sequence[Mapping[str, Any]]) -> None:
     """Time over the dense step's against the size, both logarithmic."""
     from benchmarks.baselines import MASKED, SPARSE
-    from benchmarks.charts import COLOURS
+    from benchmarks.charts import COLOURS, tick_labels
 
     series = ratios_to_dense(records, AXIS)
     first = next(record for record in records if record.get("growth") == AXIS)
@@ -71,24 +71,21 @@ def _draw_cost(axes: Any, records: Sequence[Mapping[str, Any]]) -> None:
         axes.plot(sizes, times, marker="o", markersize=4, color=colour, linewidth=2, label=label)
     axes.axhline(1.0, color=INK, linewidth=1, linestyle="--", label="without a support")
     axes.axvline(limit, color=MUTED, linewidth=1, linestyle=":")
-    low, high = axes.get_ylim()
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     ticks = sorted(series[SPARSE][0])
-    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
-    shown = [
-        tick for tick in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if 0.4 * min(series[SPARSE][1]) < tick
-    ]
-    shown = [tick for tick in shown if tick < 2 * max(high, low, 1)]
+    axes.set_xticks(ticks, tick_labels(ticks))
+    low, high = 0.5 * min(series[SPARSE][1]), 1.6 * max(max(times) for _, times in series.values())
+    shown = [tick for tick in (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50) if low < tick < high]
     axes.set_yticks(shown, [f"{tick:g}" for tick in shown])
     axes.minorticks_off()
-    axes.set_ylim(0.5 * min(series[SPARSE][1]), 1.6 * max(max(times) for _, times in series.values()))
-    axes.text(limit / 1.1, axes.get_ylim()[0] * 1.15, "sparse | masked", color=MUTED, fontsize=8, ha="center")
+    axes.set_ylim(low, high)
+    axes.text(limit, low * 1.15, "sparse | masked", color=MUTED, fontsize=8, ha="center")
     axes.set_xlabel("words in the support of every position", color=MUTED, fontsize=9)
     axes.set_ylabel("time of a step / without a support", color=MUTED, fontsize=9)
     title = f"Cost (T {case['tokens']}, H {case['hidden']}, V {case['vocab']})"
     axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold")
-    axes.legend(fontsize=8.5, frameon=False, loc="upper left", labelcolor=INK)
+    axes.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(0.01, 0.66), labelcolor=INK)
 
 
 def _draw_bias(axes: Any, models: Mapping[str, Any]) -> None:

@@ -292,6 +292,8 @@ def test_growth_with_supports_has_a_chart_of_its_own(record: dict[str, Any], tmp
     assert math.isnan(charts.extra_bytes({"peak_bytes": None}, record))
     points = charts._series(grown, "support_size_Qwen3-0.6B")[SPARSE]
     assert [x for x, _, _ in points] == [2, 8, 32, 128, 512, 2048, 8192, 16384]
+    assert charts.tick_labels([2, 8, 32, 64]) == ["2", "8", "", "64"]
+    assert charts.tick_labels([2, 4, 8]) == ["2", "4", "8"]
     path = tmp_path / "out.json"
     path.write_text(json.dumps({"benchmarks": [{"extra_info": r} for r in [record, *grown]]}))
     written = report.write([path], tmp_path / "charts")
