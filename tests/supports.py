@@ -95,6 +95,13 @@ def padded_support(support: Support, cu_seqlens: Tensor) -> Support:
     return Support.cat([support, fill])[torch.where(index < 0, turns, index)]
 
 
+def outside(support: Support, logits: Tensor) -> Tensor:
+    """`[..., V]` bool: which logits do not count."""
+    out = (support.sizes > 0)[:, None].repeat(1, logits.shape[-1])
+    out[support.rows_of_ids(), support.token_ids.long()] = False
+    return out.reshape(logits.shape)
+
+
 @contextmanager
 def sparse_share(share: int, *backends: str) -> Iterator[None]:
     """`V // share` is the largest sparse support of the backends: 1 makes every row sparse, a large one none."""

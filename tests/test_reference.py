@@ -214,8 +214,8 @@ def test_logprobs_by_hand(head: HeadConfig | None, per_token: bool) -> None:
             z = [value if head.softcap is None else head.softcap * math.tanh(value / head.softcap) for value in z]
         weights = [math.exp(value / temperature) for value in z]
         share = [value / sum(weights) for value in weights]
-        assert float(got[0][row]) == pytest.approx(LOG(share[target]), rel=1e-12)
-        assert float(got[1][row]) == pytest.approx(-sum(q * LOG(q) for q in share), rel=1e-12)
+        assert got[0][row].item() == pytest.approx(LOG(share[target]), rel=1e-12)
+        assert got[1][row].item() == pytest.approx(-sum(q * LOG(q) for q in share), rel=1e-12)
 
 
 def test_logprobs_on_a_support_by_hand() -> None:
@@ -232,8 +232,8 @@ def test_logprobs_on_a_support_by_hand() -> None:
     kept = ([0, 2], [1], [1, 3], [0, 1, 2, 3])
     for row, (ids, target) in enumerate(zip(kept, (0, 1, 3, 3), strict=True)):
         share = {v: w[v] / sum(w[u] for u in ids) for v in ids}
-        assert float(got[0][row]) == pytest.approx(LOG(share[target]), rel=1e-12, abs=0.0)
-        assert float(got[1][row]) == pytest.approx(-sum(q * LOG(q) for q in share.values()), rel=1e-12, abs=0.0)
+        assert got[0][row].item() == pytest.approx(LOG(share[target]), rel=1e-12, abs=0.0)
+        assert got[1][row].item() == pytest.approx(-sum(q * LOG(q) for q in share.values()), rel=1e-12, abs=0.0)
     (got[0].sum() + got[1].sum()).backward()
     assert all(leaf.grad.isfinite().all() for leaf in leaves)
 
