@@ -118,5 +118,3 @@ def as_support(rows: Sequence[Sequence[int]], dtype: torch.dtype = torch.int64) 
     """From lists of ids."""
     sizes = torch.tensor([0, *(len(row) for row in rows)])
     return Support(torch.tensor([v for row in rows for v in row], dtype=dtype), sizes.cumsum(0))
-
-

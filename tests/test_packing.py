@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ def rows_of(support: Support) -> list[list[int]]:
     ids, offsets = support.token_ids.tolist(), support.offsets.tolist()
     assert offsets[0] == 0
     assert offsets[-1] == len(ids)
-    return [ids[a:b] for a, b in zip(offsets, offsets[1:], strict=False)]
+    return [ids[a:b] for a, b in pairwise(offsets)]
 
 
 def ids(*values: int, dtype: torch.dtype = torch.int64) -> Tensor:
@@ -135,8 +136,17 @@ def test_cat() -> None:
 
 @pytest.mark.parametrize(
     "rows",
-    [slice(None), slice(1, 4), slice(2, 2), slice(4, 1), slice(-3, None), slice(0, 99), slice(None, None, 2)]
-    + [slice(None, None, -1), slice(4, 0, -3)],
+    [
+        slice(None),
+        slice(1, 4),
+        slice(2, 2),
+        slice(4, 1),
+        slice(-3, None),
+        slice(0, 99),
+        slice(None, None, 2),
+        slice(None, None, -1),
+        slice(4, 0, -3),
+    ],  # fmt: skip
     ids=str,
 )
 def test_slices_are_those_of_lists(rows: slice) -> None:
@@ -199,8 +209,8 @@ def test_meta_tensors_have_no_values() -> None:
         (as_support([[1], [2], [3], [9, 4]]), "support: expected token ids in [0, 9); got 9"),
         (
             as_support([[1], [2], [5, 4, 7], [4]]),
-            "support: expected the target of each unmasked row among the row's tokens; got target 3 at [1, 0], which is "
-            "none of its 3 tokens",
+            "support: expected the target of each unmasked row among the row's tokens; got target 3 at [1, 0], which "
+            "is none of its 3 tokens",
         ),
     ],
 )

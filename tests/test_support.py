@@ -128,7 +128,7 @@ def test_full_product_in_float64(loss_type: str, level: str) -> None:
 @pytest.mark.parametrize("mixture", ["mixed", "sparse", "masked", "light", "dense"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
 def test_every_plan_and_dtype(dtype: torch.dtype, mixture: str, backend: str) -> None:
-    """At most twice as far off as plain masked logits of the dtype, through all of the transform, with several chunks."""
+    """At most twice as far off as plain masked logits of the dtype, through all of the transform, in chunks."""
     config = LossConfig(beta=0.1, entropy_coef=0.02, temperature=1.3)
     case = make_case(
         2, (7, 1, 37, 0, 5, 19), vocab=203, bias=True, logit_scale=0.7, softcap=8.0, temperature=1.3, dtype=dtype
@@ -260,8 +260,15 @@ def test_words_outside_every_support_get_exactly_no_gradient(plan: str, share: i
     support = both[torch.where(whole, torch.arange(whole.numel()) + whole.numel(), torch.arange(whole.numel()))]
     config = LossConfig(entropy_coef=0.1)
     with sparse_share(share, backend):
-        _, gradients = run(case, config, support=support, plan=plan, backend=backend, old_logprobs=None,
- workspace_bytes=rows_of_logits(backend, 16, case))
+        _, gradients = run(
+            case,
+            config,
+            support=support,
+            plan=plan,
+            backend=backend,
+            old_logprobs=None,
+            workspace_bytes=rows_of_logits(backend, 16, case),
+        )
     assert not gradients["weight"][40:].any()
     assert not gradients["bias"][40:].any()
     assert gradients["weight"][:40].any(1).sum() > 30

@@ -2,7 +2,8 @@
 
     pytest tests/test_support_random.py --random-cases 2000 --random-seed 7       --random-case N for one again
 
-Which supports a case has is drawn by a generator of its own, so that the cases of tests/test_random.py stay as they are.
+Which supports a case has is drawn by a generator of its own: the cases of tests/test_random.py stay as
+they are.
 """
 
 from __future__ import annotations
