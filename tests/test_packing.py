@@ -146,7 +146,7 @@ def test_cat() -> None:
         slice(None, None, 2),
         slice(None, None, -1),
         slice(4, 0, -3),
-    ],  # fmt: skip
+    ],
     ids=str,
 )
 def test_slices_are_those_of_lists(rows: slice) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from grpo_fast import devices
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.loss import grpo_loss, token_logprobs
 from grpo_fast.ops.call import workspace_for
@@ -170,6 +171,19 @@ def test_sparse_masked_and_whole_rows_agree(backend: str) -> None:
     for name, value in results[0].items():
         for other in results[1:]:
             assert rel_rms(other[name], value) <= 2e-6, name
+
+
+@WITH_BACKENDS
+@pytest.mark.parametrize("elements", [1, 100, 1000])
+@pytest.mark.parametrize("mixture", ["mixed", "sparse", "masked"])
+def test_blocks_cut_rows_and_sums(mixture: str, elements: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Row functions and sums of gathered rows that work in blocks: a segment of a few words crosses several."""
+    monkeypatch.setitem(devices.TRAITS, "cpu", replace(devices.TRAITS["cpu"], row_block_elements=elements))
+    config = LossConfig(entropy_coef=0.02)
+    case, support = supported(make_case(5, (9, 1, 22), bias=True, dtype=torch.float32), mixture, 2)
+    for plan in legal_plans(config):
+        with sparse_share(SHARE, backend):
+            check(case, support, config, plan, backend=backend)
 
 
 @WITH_BACKENDS
