@@ -74,7 +74,7 @@ def check(case: Case, support: Support, config: LossConfig, plan: str, **options
     out, actual = run(case, config, plan=plan, support=support, **options)
     assert out.plan == plan or plan == "auto"
     # A loss is a difference of terms of the size of the advantages.
-    error, size = (float(v) for v in ((out.loss - expected.loss).abs(), case.advantages.abs().mean()))
+    error, size = (float(v) for v in ((out.loss - expected.loss).detach().abs(), case.advantages.abs().mean()))
     if not error <= TOLERANCES[torch.float32].floor * size:
         assert_close(f"{plan} loss", out.loss, expected.loss, eager=plain_loss)
     for name, gradient in gradients.items():
