@@ -24,7 +24,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     option = metafunc.config.getoption
     count = NUM_CASES if option("--random-cases") is None else option("--random-cases")
     first = test_random.SEED_STRIDE * option("--random-seed")
-    metafunc.parametrize("case_number", option("--random-case") or range(first, first + count))
+    if "case_number" in metafunc.fixturenames:
+        metafunc.parametrize("case_number", option("--random-case") or range(first, first + count))
 
 
 def with_support(settings: Settings) -> Settings:
