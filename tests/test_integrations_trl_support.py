@@ -313,9 +313,14 @@ def rollout(form: str | None) -> Any:
     return function
 
 
+def unsupported(completions: list[str], **columns: Any) -> list[float]:
+    assert "support" not in columns
+    return trl_runs.letters(completions)
+
+
 def test_a_rollout_function_tells_supports(folder: Path, classes: tuple[Any, Any]) -> None:
     def run(form: str | None, support: str = "auto") -> list[dict[str, float]]:
-        options = {"num_iterations": 2, "max_steps": 4, "beta": 0.1}
+        options = {"num_iterations": 2, "max_steps": 4, "beta": 0.1, "reward_funcs": unsupported}
         trainer = trl_runs.trainer_of(classes[1], folder, rollout_func=rollout(form), **options)
         trainer.grpo_fast.support = support
         return trl_runs.train(trainer)
