@@ -84,7 +84,7 @@ def _draw_cost(axes: Any, records: Sequence[Mapping[str, Any]], axis: str) -> No
     axes.set_ylabel("time of a step / without a support", color=MUTED, fontsize=9)
     title = f"Cost (T {case['tokens']}, H {case['hidden']}, V {case['vocab']})"
     axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold")
-    axes.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(0.01, 0.66), labelcolor=INK)
+    axes.legend(fontsize=8.5, frameon=False, loc="best", labelcolor=INK)
 
 
 def _draw_bias(axes: Any, models: Mapping[str, Any]) -> None:
