@@ -214,7 +214,8 @@ class Support:
             rows = rows.nonzero()[:, 0]
         offsets = _offsets(self.sizes[rows])
         entries = torch.arange(int(offsets[-1]), device=rows.device)
-        entries += (self.offsets[rows] - offsets[:-1]).repeat_interleave(offsets.diff(), output_size=entries.numel())
+        shifts = self.offsets[:-1][rows] - offsets[:-1]
+        entries += shifts.repeat_interleave(offsets.diff(), output_size=entries.numel())
         return Support.trusted(self.token_ids[entries], offsets)
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Support:

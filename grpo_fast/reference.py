@@ -29,11 +29,12 @@ def reference_logprobs(
     bias: Tensor | None = None,
     head: Any = None,
     temperature: float | Tensor = 1.0,
+    support: Any = None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probability of each target and entropy of each distribution.
 
-        z = softcap tanh(logit_scale (h W^T + b) / softcap) / temperature
-        logp = z_y - log sum exp z,    entropy = - sum_v softmax(z)_v log softmax(z)_v
+        z = softcap tanh(logit_scale (h W^T + b) / softcap) / temperature;    z_v = -inf for v outside of the support
+        logp = z_y - log sum exp z,    entropy = - sum_v softmax(z)_v log softmax(z)_v    (0 log 0 = 0)
 
     Args:
         hidden: `[..., H]`.
@@ -42,9 +43,11 @@ def reference_logprobs(
         bias: `[V]` or None.
         head: an object with `logit_scale` and `softcap` (None: no cap), or None for the plain product.
         temperature: one for all, or `[...]`.
+        support: an object with `token_ids` and `offsets`, the tokens of row t of the flattened targets being
+            `token_ids[offsets[t] : offsets[t + 1]]` (none: all of V); or None, for all of V in every row.
 
     Returns:
-        logprobs, entropy: `[...]` each, differentiable, nats.
+        logprobs, entropy: `[...]` each, differentiable, nats; a target outside of its support has logprob -inf.
     """
     logits = hidden @ weight.T
     if bias is not None:
@@ -54,9 +57,34 @@ def reference_logprobs(
         if head.softcap is not None:
             logits = head.softcap * torch.tanh(logits / head.softcap)
     logits = logits / (temperature[..., None] if isinstance(temperature, Tensor) else temperature)
+    outside = None if support is None else _outside(support, logits)
+    if outside is not None:
+        logits = logits.masked_fill(outside, -math.inf)
     log_probabilities = torch.log_softmax(logits, dim=-1)
-    entropy = -(log_probabilities.exp() * log_probabilities).sum(-1)
+    finite = log_probabilities if outside is None else log_probabilities.masked_fill(outside, 0.0)
+    entropy = -(log_probabilities.exp() * finite).sum(-1)
     return log_probabilities.gather(-1, targets.long()[..., None]).squeeze(-1), entropy
+
+
+def _outside(support: Any, logits: Tensor) -> Tensor:
+    """`[..., V]` bool: which tokens are not in the support of their row."""
+    outside = torch.zeros_like(logits, dtype=torch.bool).reshape(-1, logits.shape[-1])
+    for row, ids in enumerate(_ids_of_rows(support)):
+        if ids.numel():
+            outside[row] = True
+            outside[row, ids.long()] = False
+    return outside.reshape(logits.shape)
+
+
+def _ids_of_rows(support: Any) -> list[Tensor]:
+    return [support.token_ids[begin:end] for begin, end in pairwise(support.offsets.tolist())]
+
+
+def _rows_of_support(support: Any, mask: Tensor) -> SimpleNamespace:
+    """The support of the unmasked rows alone."""
+    kept = [ids for ids, keep in zip(_ids_of_rows(support), mask.reshape(-1).tolist(), strict=True) if keep]
+    sizes = torch.tensor([0, *(ids.numel() for ids in kept)])
+    return SimpleNamespace(token_ids=torch.cat([support.token_ids[:0], *kept]), offsets=sizes.cumsum(0))
 
 
 # -- the loss ---------------------------------------------------------------------------------------------------------
@@ -73,6 +101,7 @@ def reference_loss(
     bias: Tensor | None = None,
     head: Any = None,
     temperature: Tensor | None = None,
+    support: Any = None,
     **options: Any,
 ) -> SimpleNamespace:
     """`reference_policy_loss` of `reference_logprobs`.
@@ -81,6 +110,7 @@ def reference_loss(
         hidden: `[T, H]` with `cu_seqlens`, or `[B, L, H]`.
         targets: `[T]` or `[B, L]`; anything where masked.
         temperature: one a token; that of `config` if None.
+        support: as in `reference_logprobs`, a row for every target, masked or not.
         options: `cu_seqlens`, the old, ref and sampling logprobs and the normalizers, as in `reference_policy_loss`.
 
     Returns:
@@ -89,7 +119,10 @@ def reference_loss(
     mask = torch.ones_like(targets, dtype=torch.bool) if loss_mask is None else loss_mask.bool()
     scale = config.temperature if temperature is None else temperature[mask]
     # Masked rows are left out, not multiplied by zero: they may hold anything.
-    active = reference_logprobs(hidden[mask], weight, targets[mask], bias=bias, head=head, temperature=scale)
+    kept = None if support is None else _rows_of_support(support, mask)
+    active = reference_logprobs(
+        hidden[mask], weight, targets[mask], bias=bias, head=head, temperature=scale, support=kept
+    )
     logprobs, entropy = (active[0].new_zeros(targets.shape).index_put((mask,), values) for values in active)
     loss = reference_policy_loss(logprobs, entropy, advantages, config=config, loss_mask=mask, **options)
     return SimpleNamespace(loss=loss, logprobs=logprobs, entropy=entropy)

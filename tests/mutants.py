@@ -38,6 +38,10 @@ class Mutant:
     tests: str = RANDOM
 
 
+SUPPORTS = "tests/test_support.py::"
+EDGES = "tests/test_support_edges.py::"
+PLANS = f"{SUPPORTS}test_every_plan_and_dtype"
+
 MUTANTS = (
     # Five that 884 tests once let through together.
     Mutant("idle-rows-of-later-chunks", "grpo_fast/ops/passes.py", "kept + index.start if", "kept if"),
@@ -186,6 +190,140 @@ MUTANTS = (
     ),
     Mutant("main-grad-overwritten", "grpo_fast/ops/lean.py", "out if accumulate else None)", "None)"),
     Mutant("upstream-ignored", "grpo_fast/ops/operators.py", "if unit:\n", "if True:\n"),
+    # Supports.
+    Mutant(
+        "empty-supports-have-no-word",
+        "grpo_fast/ops/support.py",
+        "whole = (sizes == 0) | (sizes >= vocab)",
+        "whole = sizes >= vocab",
+        PLANS,
+    ),
+    Mutant(
+        "one-word-is-the-target",
+        "grpo_fast/ops/support.py",
+        "((sizes == 1) & (places[rows] == 0))",
+        "(sizes == 1)",
+        f"{EDGES}test_a_target_outside_its_support_on_a_gpu",
+    ),
+    Mutant(
+        "missing-targets-are-first",
+        "grpo_fast/ops/support.py",
+        "places.new_full((num_rows + 1,), -1)",
+        "places.new_full((num_rows + 1,), 0)",
+        f"{EDGES}test_a_target_outside_its_support_on_a_gpu",
+    ),
+    Mutant(
+        "places-of-first-rows",
+        "grpo_fast/ops/support.py",
+        "Supported(of, places[rows], longest",
+        "Supported(of, places, longest",
+        PLANS,
+    ),
+    Mutant(
+        "part-rows-from-the-first",
+        "grpo_fast/ops/support.py",
+        "self.of.rows[first:last] - start",
+        "self.of.rows[first:last] - self.of.rows[0]",
+        PLANS,
+    ),
+    Mutant(
+        "block-target-of-the-vocabulary",
+        "grpo_fast/ops/support.py",
+        "rows, targets - start)",
+        "rows, targets)",
+        PLANS,
+    ),
+    Mutant(
+        "bias-of-other-words",
+        "grpo_fast/ops/support.py",
+        "bias=transform.bias[self.of.ids]",
+        "bias=transform.bias[self.of.ids.flip(0)]",
+        PLANS,
+    ),
+    Mutant(
+        "masked-dx-over-logits",
+        "grpo_fast/ops/passes.py",
+        "self.dx.zero_()[of.rows",
+        "self.dx[of.rows",
+        PLANS,
+    ),
+    Mutant(
+        "first-masked-rows-again",
+        "grpo_fast/ops/passes.py",
+        "part(cut - call.num_whole,",
+        "part(0,",
+        PLANS,
+    ),
+    Mutant(
+        "main-grad-without-sparse-rows",
+        "grpo_fast/ops/passes.py",
+        "weight if main_grad is None else main_grad, bias)",
+        "weight, bias)",
+        f"{SUPPORTS}test_main_grad",
+    ),
+    Mutant(
+        "sparse-alone-is-not-zeroed",
+        "grpo_fast/ops/passes.py",
+        "call.grad_dtype).zero_()",
+        "call.grad_dtype)",
+        PLANS,
+    ),
+    Mutant(
+        "sparse-slopes-of-first-rows",
+        "grpo_fast/ops/sparse.py",
+        "slopes.part(self.index)",
+        "slopes.part(slice(0, self.index.numel()))",
+        PLANS,
+    ),
+    Mutant(
+        "sparse-weights-of-first-rows",
+        "grpo_fast/ops/sparse.py",
+        "weights[self.index]",
+        "weights[: self.index.numel()]",
+        PLANS,
+    ),
+    Mutant(
+        "sparse-temperature-of-first-rows",
+        "grpo_fast/ops/sparse.py",
+        "call.temperature[index] if",
+        "call.temperature[: index.numel()] if",
+        f"{SUPPORTS}test_a_temperature_for_each_row",
+    ),
+    Mutant(
+        "sparse-sum-overwrites",
+        "grpo_fast/backends/torch.py",
+        "sums.add_(out[ids])",
+        "sums",
+        PLANS,
+    ),
+    Mutant(
+        "sums-of-the-last-block",
+        "grpo_fast/backends/torch.py",
+        "sums[first:last] += part",
+        "sums[first:last] = part",
+        f"{SUPPORTS}test_blocks_cut_rows_and_sums",
+    ),
+    Mutant(
+        "padding-counts",
+        "grpo_fast/backends/torch.py",
+        "~dense.valid[rows], -torch.inf)",
+        "~dense.valid[rows], -9.0)",
+        PLANS,
+    ),
+    Mutant(
+        "masked-targets-must-be-there",
+        "grpo_fast/packing.py",
+        "missing = missing if mask is None else missing & mask",
+        "pass",
+        "tests/test_packing.py",
+    ),
+    Mutant(
+        "negative-rows-of-a-support",
+        "grpo_fast/packing.py",
+        "self.offsets[:-1][rows]",
+        "self.offsets[rows]",
+        "tests/test_packing.py",
+    ),
 )
 
 

@@ -20,9 +20,11 @@ from grpo_fast.backends.base import get_backend, resolve_backend
 from grpo_fast.config import KL_ESTIMATORS, LOSS_TYPES, HeadConfig, LossConfig
 from grpo_fast.losses import LOSSES
 from grpo_fast.ops.call import workspace_for
+from grpo_fast.packing import Support
 from grpo_fast.reference import reference_logprobs
 from tests.cases import INTERPRETED
 from tests.reference_metrics import TokenData, couples_tokens
+from tests.supports import draw_support
 
 MAX_TOKENS = 60
 IGNORED = -100
@@ -47,6 +49,7 @@ class Settings:
         sampling: None, "known" or "some" (NaN elsewhere).
         views: strided arguments, as (name, kind).
         poison: (argument, value) at one token, which must be counted.
+        support: a mixture of `tests/supports.py`, or None. Drawn by nobody here: `supports.with_support` puts it there.
         prefix: an extra leading dimension of `token_logprobs`.
     """
 
@@ -88,6 +91,7 @@ class Settings:
     poison: tuple[str, float] | None = None
     prefix: bool = False
     entropy_output: bool = True
+    support: str | None = None
 
     def __repr__(self) -> str:
         changed = [f for f in fields(self) if f.default is MISSING or getattr(self, f.name) != f.default]
@@ -332,14 +336,18 @@ def legal_plans(settings: Settings) -> list[str]:
     head = not {"weight", "bias"} & set(settings.grads)
     coupled = couples_tokens(settings.config, has_old=not settings.on_policy)
     plans = ["auto", "auto", "recompute", "lean"]
+    supported = settings.support is not None
     if head:
         plans += ["frozen_head"] * 3
     # Its kernel reads operands where they lie, rows of contiguous elements.
-    if settings.backend == "triton" and not settings.grads and ("weight", "transposed") not in settings.views:
+    readable = settings.backend == "triton" and not supported
+    if readable and not settings.grads and ("weight", "transposed") not in settings.views:
         plans += ["fused_forward"] * 2
     if settings.call == "grpo_loss":
         if not coupled:
-            plans += ["single_pass"] * 2 + ["resident"] * 2
+            plans += ["single_pass"] * 2 + ["resident"] * (0 if supported else 2)
+        elif supported:
+            pass
         elif settings.config.top_entropy_quantile == 1 and max(settings.lengths, default=0) <= settings.rows:
             plans += ["resident"] * 4
     return plans
@@ -353,7 +361,7 @@ def expected_plan(settings: Settings, longest: int) -> str | None:
         return "frozen_head"
     if not couples_tokens(settings.config, has_old=not settings.on_policy):
         return "single_pass"
-    if settings.config.top_entropy_quantile < 1:
+    if settings.config.top_entropy_quantile < 1 or settings.support is not None:
         return "recompute"
     if longest <= settings.rows:
         return "resident"
@@ -411,6 +419,7 @@ class Problem:
     temperature: Tensor
     logprobs: Tensor
     entropy: Tensor
+    support: Support | None = None
 
     @property
     def side_dtype(self) -> torch.dtype:
@@ -447,6 +456,13 @@ class Problem:
         lists = [values for values in (data.advantages, data.old, data.ref) if values is not None]
         finite = torch.tensor(lists, dtype=torch.float64).isfinite().all(0).reshape(self.settings.shape)
         return finite & self.hidden.isfinite().all(-1)  # a soft cap makes an infinite one look harmless
+
+    def support_of(self, sequences_or_tokens: slice) -> Support | None:
+        """Rows of the support that belong to part of the targets, cut in their first dimension."""
+        if self.support is None:
+            return None
+        of_targets = torch.arange(math.prod(self.settings.shape)).reshape(self.settings.shape)
+        return self.support[of_targets[sequences_or_tokens].reshape(-1)]
 
     def normalizers(self) -> dict[str, float | Tensor | None]:
         s = self.settings
@@ -529,7 +545,8 @@ def _draw_problem(s: Settings, generator: torch.Generator) -> Problem:
     if s.ignore and s.mask is None:
         ignored = ~mask  # there is no other way to say it
     mask &= ~ignored
-    logprobs, entropy = exact_logprobs(s, hidden, weight, bias, targets, temperature)
+    support = None if s.support is None else draw_support(targets, allowed, s.support, s.number)
+    logprobs, entropy = exact_logprobs(s, hidden, weight, bias, targets, temperature, support)
     old = drifted(logprobs, s.drift)
     ref = drifted(logprobs, s.drift)
     sampling = drifted(old.double(), 0.7 * s.drift)
@@ -550,11 +567,12 @@ def _draw_problem(s: Settings, generator: torch.Generator) -> Problem:
         temperature=temperature,
         logprobs=logprobs,
         entropy=entropy,
+        support=support,
     )
 
 
 def exact_logprobs(
-    s: Settings, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, temperature: Tensor
+    s: Settings, hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, temperature: Tensor, support: Any
 ) -> tuple[Tensor, Tensor]:
     """The oracle's, in float64; forbidden tokens are not part of its vocabulary."""
     allowed = s.vocab - s.forbidden
@@ -565,6 +583,7 @@ def exact_logprobs(
         bias=None if bias is None else bias[:allowed].double(),
         head=s.head,
         temperature=temperature.double() if s.row_temperature else s.config.temperature,
+        support=support,
     )
 
 

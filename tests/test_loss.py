@@ -11,6 +11,7 @@ from torch import Tensor
 
 from grpo_fast.loss import HeadConfig, LossConfig, grpo_loss, policy_loss, token_logprobs
 from grpo_fast.objectives import slope_scope
+from grpo_fast.packing import Support
 from grpo_fast.reference import reference_logprobs, reference_loss
 from tests.cases import (
     AXES,
@@ -24,6 +25,7 @@ from tests.cases import (
     padded,
     rel_rms,
 )
+from tests.supports import outside
 
 WORKSPACE = 24 * 2**20
 
@@ -51,7 +53,7 @@ def oracle(case: Case, config: LossConfig, **options: Any) -> tuple[Any, dict[st
     return out, {name: leaf.grad for name, leaf in leaves.items()}
 
 
-def eager(case: Case, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
+def eager(case: Case, config: LossConfig, support: Support | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """What a plain loss does in the case's dtype: logits rounded to it, softmax in float32."""
     leaves = case.leaves()
     logits = leaves["hidden"] @ leaves["weight"].T
@@ -60,12 +62,13 @@ def eager(case: Case, config: LossConfig) -> tuple[Tensor, dict[str, Tensor]]:
     logits = logits.float() * case.head.logit_scale
     if case.head.softcap is not None:
         logits = case.head.softcap * torch.tanh(logits / case.head.softcap)
-    log_p = torch.log_softmax(logits / config.temperature, -1)
+    out = torch.zeros_like(logits, dtype=torch.bool) if support is None else outside(support, logits)
+    log_p = torch.log_softmax((logits / config.temperature).masked_fill(out, -torch.inf), -1)
     logprobs = log_p.gather(-1, case.targets.clamp(min=0)[..., None])[..., 0]
-    entropy = -(log_p.exp() * log_p).sum(-1)
-    out = policy_loss(logprobs, case.advantages, entropy=entropy, config=config, **case.policy_inputs(config))
-    out.loss.backward()
-    return out.loss, {name: leaf.grad for name, leaf in leaves.items()}
+    entropy = -(log_p.exp() * log_p.masked_fill(out, 0.0)).sum(-1)
+    loss = policy_loss(logprobs, case.advantages, entropy=entropy, config=config, **case.policy_inputs(config)).loss
+    loss.backward()
+    return loss, {name: leaf.grad for name, leaf in leaves.items()}
 
 
 def run(case: Case, config: LossConfig, **options: Any) -> tuple[Any, dict[str, Tensor]]:

@@ -14,26 +14,31 @@ from grpo_fast.objectives import Tokens
 from grpo_fast.ops import operators
 from grpo_fast.ops.call import ActiveRows, HeadCall
 from grpo_fast.ops.operators import backward_op, forward_op, objective_op
+from tests.supports import draw_support
 
 T, H, V = 12, 8, 50
 CHECKS = ("test_schema", "test_faketensor")
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 WITH_MAIN_GRAD = pytest.mark.parametrize("with_main_grad", [False, True], ids=["grad", "main_grad"])
 
+SUPPORTED = pytest.mark.parametrize("supported", [False, True], ids=["all", "support"])
 
-def wire(dtype: torch.dtype, plan: str, *, masked: bool) -> tuple[Any, ...]:
+
+def wire(dtype: torch.dtype, plan: str, *, masked: bool, supported: bool = False) -> tuple[Any, ...]:
     """A call with all that a call can have, as an operator takes it."""
     torch.manual_seed(0)
+    targets = torch.randint(0, V, (T,))
     call = HeadCall.of(
         torch.randn(T, H).to(dtype),
         torch.randn(V, H).to(dtype),
         torch.randn(V).to(dtype),
-        torch.randint(0, V, (T,)),
+        targets,
         torch.rand(T) + 0.5,
         HeadConfig(softcap=5.0, logit_scale=-0.5),
         ActiveRows(torch.arange(T) % 3 > 0) if masked else None,
         "torch",
         None,
+        draw_support(targets, V, "mixed", 1) if supported else None,
     )
     call.plan = plan
     return call.to_wire()
@@ -48,31 +53,34 @@ def check(operator: Any, *arguments: Any) -> None:
 
 
 @DTYPES
+@SUPPORTED
 @pytest.mark.parametrize("plan", ["forward", "frozen_head"])
-def test_forward(plan: str, dtype: torch.dtype) -> None:
+def test_forward(plan: str, supported: bool, dtype: torch.dtype) -> None:
     for masked in (False, True):
-        check(forward_op, *wire(dtype, plan, masked=masked))
+        check(forward_op, *wire(dtype, plan, masked=masked, supported=supported))
 
 
 @DTYPES
 @WITH_MAIN_GRAD
+@SUPPORTED
 @pytest.mark.parametrize("plan", ["recompute", "lean"])
-def test_backward(plan: str, with_main_grad: bool, dtype: torch.dtype) -> None:
+def test_backward(plan: str, supported: bool, with_main_grad: bool, dtype: torch.dtype) -> None:
     """float16's gradients come in float32: a compiler that took them for float16 read their bytes as such."""
     rows = [torch.randn(T, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(4)]
     main_grad = main_grad_for(dtype, wanted=with_main_grad)
-    check(backward_op, *wire(dtype, plan, masked=True), rows, main_grad, [True, True, True])
+    check(backward_op, *wire(dtype, plan, masked=True, supported=supported), rows, main_grad, [True, True, True])
 
 
 @DTYPES
 @WITH_MAIN_GRAD
-def test_objective(with_main_grad: bool, dtype: torch.dtype) -> None:
+@SUPPORTED
+def test_objective(supported: bool, with_main_grad: bool, dtype: torch.dtype) -> None:
     advantages, weights = (torch.randn(T, dtype=torch.promote_types(dtype, torch.float32)) for _ in range(2))
     mask, segments = torch.arange(T) % 3 > 0, Segments(torch.tensor([0, 5, T]), T)
     tokens = Tokens(advantages, mask, segments, torch.tensor(8)).to_wire()
     main_grad = main_grad_for(dtype, wanted=with_main_grad)
     for want in ([True, True, True], [True, with_main_grad, False]):
-        call = wire(dtype, "single_pass", masked=True)
+        call = wire(dtype, "single_pass", masked=True, supported=supported)
         check(objective_op, *call, tokens, weights, LossConfig().key, None, main_grad, want)
 
 

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import ast
 import math
+from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -211,8 +214,66 @@ def test_logprobs_by_hand(head: HeadConfig | None, per_token: bool) -> None:
             z = [value if head.softcap is None else head.softcap * math.tanh(value / head.softcap) for value in z]
         weights = [math.exp(value / temperature) for value in z]
         share = [value / sum(weights) for value in weights]
-        assert float(got[0][row]) == pytest.approx(LOG(share[target]), rel=1e-12)
-        assert float(got[1][row]) == pytest.approx(-sum(q * LOG(q) for q in share), rel=1e-12)
+        assert got[0][row].item() == pytest.approx(LOG(share[target]), rel=1e-12)
+        assert got[1][row].item() == pytest.approx(-sum(q * LOG(q) for q in share), rel=1e-12)
+
+
+def test_logprobs_on_a_support_by_hand() -> None:
+    """Sums over the support alone, after cap and temperature; one token: 0; none: all of V. No gradient is NaN."""
+    z = [2.0, -1.0, 0.5, 3.0]
+    leaves = [torch.eye(4, dtype=torch.float64).requires_grad_(), vector(*z).diag().requires_grad_()]
+    hidden = torch.ones(4, 4, dtype=torch.float64)
+    support = SimpleNamespace(token_ids=torch.tensor([2, 0, 1, 3, 1]), offsets=torch.tensor([0, 2, 3, 5, 5]))
+    head = HeadConfig(softcap=4.0)
+    got = reference_logprobs(
+        hidden @ leaves[0], leaves[1], torch.tensor([0, 1, 3, 3]), head=head, temperature=0.5, support=support
+    )
+    w = [math.exp(4.0 * math.tanh(value / 4.0) / 0.5) for value in z]
+    kept = ([0, 2], [1], [1, 3], [0, 1, 2, 3])
+    for row, (ids, target) in enumerate(zip(kept, (0, 1, 3, 3), strict=True)):
+        share = {v: w[v] / sum(w[u] for u in ids) for v in ids}
+        assert got[0][row].item() == pytest.approx(LOG(share[target]), rel=1e-12, abs=0.0)
+        assert got[1][row].item() == pytest.approx(-sum(q * LOG(q) for q in share.values()), rel=1e-12, abs=0.0)
+    (got[0].sum() + got[1].sum()).backward()
+    assert all(leaf.grad.isfinite().all() for leaf in leaves)
+
+    def on_it(weight: Tensor) -> tuple[Tensor, Tensor]:
+        return reference_logprobs(hidden, weight, torch.tensor([0, 1, 3, 3]), head=head, support=support)
+
+    assert torch.autograd.gradcheck(on_it, leaves[1])
+    (gradient,) = torch.autograd.grad(on_it(leaves[1])[0][1:3].sum(), leaves[1])
+    assert not gradient[[0, 2]].any()  # rows outside of the supports
+    assert gradient[[1, 3]].all(1).all()
+    missing = reference_logprobs(hidden[:1], leaves[1], torch.tensor([3]), support=support_of([[2, 0]]))[0]
+    assert missing.tolist() == [-math.inf]
+
+
+def support_of(rows: list[list[int]]) -> SimpleNamespace:
+    ids = torch.tensor([v for row in rows for v in row])
+    return SimpleNamespace(token_ids=ids, offsets=torch.tensor([0, *accumulate(len(row) for row in rows)]))
+
+
+def test_the_support_of_masked_rows_is_left_out() -> None:
+    """Its rows are those of all targets, in either layout."""
+    case = make_case(5, lengths=(3, 0, 2), vocab=7, hidden_size=4, dtype=torch.float64, masked_sequence=False)
+    case.loss_mask[:] = torch.tensor([True, False, True, False, True])
+    rows = [[(int(y) + k) % 7 for k in range(size)] for y, size in zip(case.targets, (2, 1, 0, 3, 4), strict=True)]
+    kept = {"grpo": [rows[t] for t in (0, 2, 4)], "padded": [*rows[:3], *[[6]] * 5, *rows[3:], [], []]}
+    packed = run(case, LossConfig(), support=support_of(rows))
+    both = run(padded(case), LossConfig(), support=support_of(kept["padded"]))
+    alone = replace(
+        case,
+        **{
+            name: getattr(case, name)[case.loss_mask]
+            for name in ("hidden", "targets", "old_logprobs", "ref_logprobs", "sampling_logprobs", "loss_mask")
+        },
+        cu_seqlens=torch.tensor([0, 2, 2, 3]),
+    )
+    few = run(alone, LossConfig(), support=support_of(kept["grpo"]))
+    assert both[0] == pytest.approx(float(packed[0]), rel=1e-12)
+    assert few[0] == pytest.approx(float(packed[0]), rel=1e-12)
+    torch.testing.assert_close(few[1]["weight"], packed[1]["weight"])
+    assert run(case, LossConfig())[0] != pytest.approx(float(packed[0]), rel=1e-3)
 
 
 # -- layouts, masks, emptiness ----------------------------------------------------------------------------------------

@@ -149,6 +149,8 @@ def _dense(rows: RowChunk) -> Iterator[tuple[slice, _Dense]]:
     if rows.offsets is None:
         yield slice(None), _Dense(rows)
         return
+    if rows.logits.numel() == 0:  # a block of the vocabulary that no support reaches
+        return
     columns = torch.arange(rows.longest, device=rows.logits.device)
     for part in _row_blocks(rows.num_rows, max(rows.longest, 1), rows.logits.device):
         starts, ends = rows.offsets[part, None], rows.offsets[part.start + 1 : part.stop + 1, None]
