@@ -12,7 +12,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from benchmarks.supports import draw_support, mask_of
 from grpo_fast.config import HeadConfig, LossConfig
+from grpo_fast.packing import Support
 
 GROUP_SIZE = 8
 LOGIT_STD = 2.5
@@ -38,6 +40,7 @@ class Scenario:
         trains_head: the weight needs a gradient (False: LoRA and the like).
         gradient: forward and backward; False: log-probabilities and entropies only.
         ragged: sequence lengths differ.
+        support: the supports that rows are given, a kind of `supports.py`; None: the whole vocabulary.
     """
 
     name: str
@@ -47,10 +50,11 @@ class Scenario:
     trains_head: bool = True
     gradient: bool = True
     ragged: bool = False
+    support: str | None = None
 
     @property
     def gemms(self) -> tuple[str, ...]:
-        """The matrix products of the cheapest plan, 2 T H V FLOPs each."""
+        """The matrix products of the cheapest plan without supports, 2 T H V FLOPs each."""
         if not self.gradient:
             return ("logits",)
         return ("logits", "grad_hidden", "grad_weight") if self.trains_head else ("logits", "grad_hidden")
@@ -80,6 +84,10 @@ SCENARIOS = {
         Scenario("kl", "KL to a reference", LossConfig(beta=0.04)),
         Scenario("entropy_bonus", "entropy bonus", LossConfig(entropy_coef=0.01)),
         Scenario("ragged", "full step, ragged lengths", ragged=True),
+        Scenario("support8", "full step, supports of 8 tokens on average", support="mean 8"),
+        Scenario("support64", "full step, supports of 64 tokens on average", support="mean 64"),
+        Scenario("support_trained", "full step, supports as of a trained SmolLM2", support="recorded trained"),
+        Scenario("support_untrained", "full step, supports as of an untrained SmolLM2", support="recorded untrained"),
     )
 }
 
@@ -156,7 +164,9 @@ class Case:
 # -- what is run ------------------------------------------------------------------------------------------------------
 
 # The CPU selection of `make bench`: model: scenarios.
-QUICK = {"SmolLM2-135M": tuple(name for name in SCENARIOS if name != "ragged"), "Qwen3-0.6B": ("full",)}
+SLOW = ("ragged", "support64", "support_trained", "support_untrained")
+QUICK = {"SmolLM2-135M": tuple(name for name in SCENARIOS if name not in SLOW), "Qwen3-0.6B": ("full",)}
+SUPPORT_SIZES = (2, 8, 32, 128, 512, 2048, 8192, 16384)
 
 
 def loss_cases(device: str) -> list[Case]:
@@ -172,16 +182,29 @@ def is_quick(case: Case) -> bool:
 
 
 def growth_cases() -> dict[str, list[Case]]:
-    """Axis: cases. T up to 16384, V up to 256k, the share of sequences with an advantage; SmolLM2's H."""
+    """Axis: cases. T up to 16384, V up to 256k, the share of sequences with an advantage; SmolLM2's H.
+
+    With supports: V up to 256k at a mean of 8 tokens, and one size in all rows at the V (and H) of two models.
+    """
     head, step = MODELS["SmolLM2-135M"], SCENARIOS["full"]
     shares = {
         share: replace(step, name=f"active{share:g}", title=f"{share:g} of the sequences active", active=share)
         for share in (1.0, 0.75, 0.5, 0.25, 0.1)
     }
+    vocabularies = [Model(f"V{v}", head.hidden, v) for v in (32768, 65536, 131072, 262144)]
+    constant = [
+        replace(step, name=f"support_constant{k}", title=f"supports of {k} tokens", support=f"constant {k}")
+        for k in SUPPORT_SIZES
+    ]
     return {
         "tokens": [Case(head, tokens, step) for tokens in (512, 1024, 2048, 4096, 8192, 16384)],
-        "vocab": [Case(Model(f"V{v}", head.hidden, v), 1024, step) for v in (32768, 65536, 131072, 262144)],
+        "vocab": [Case(model, 1024, step) for model in vocabularies],
         "active": [Case(head, 2048, scenario) for scenario in shares.values()],
+        "support_vocab": [Case(model, 1024, SCENARIOS["support8"]) for model in vocabularies],
+        **{
+            f"support_size_{name}": [Case(MODELS[name], 1024, scenario) for scenario in constant]
+            for name in ("SmolLM2-135M", "Qwen3-0.6B")
+        },
     }
 
 
@@ -196,6 +219,7 @@ class Batch:
         hidden: `[T, H]`, or `[S, L, H]` in the padded layout, bf16. weight: `[V, H]` bf16.
         mask: bool, False on padding. sequence_ids: int64, which sequence a token belongs to.
         advantages: `[S]` float32. logprobs: the true ones to float32 accuracy; old, ref: drifted from them.
+        support: of the T rows, or None. dense_logprobs: those over the whole vocabulary, where there is a support.
     """
 
     case: Case
@@ -209,6 +233,8 @@ class Batch:
     logprobs: Tensor
     old: Tensor
     ref: Tensor
+    support: Support | None = None
+    dense_logprobs: Tensor | None = None
 
     @property
     def config(self) -> LossConfig:
@@ -221,8 +247,16 @@ class Batch:
     def clear_gradients(self) -> None:
         self.hidden.grad = self.weight.grad = None
 
+    def dense(self) -> Batch:
+        """The same tokens over the whole vocabulary: no support, and log-probabilities that drifted as much there."""
+        assert self.dense_logprobs is not None
+        shift = self.dense_logprobs - self.logprobs
+        old, ref = self.old + shift, self.ref + shift
+        return replace(self, support=None, logprobs=self.dense_logprobs, dense_logprobs=None, old=old, ref=ref)
+
     def padded(self) -> Batch:
         """The same data as `[S, L, ...]`; the weight is shared, hidden is shared where no padding is needed."""
+        assert self.support is None, "padded layouts are for cases without supports"
         case = self.case
         shape = (case.sequences, max(case.lengths))
         positions = torch.arange(shape[1], device=self.mask.device)
@@ -254,7 +288,8 @@ class Batch:
 def make_batch(case: Case, device: torch.device | str = "cpu", seed: int = 0) -> Batch:
     """Random inputs: logits of standard deviation 2.5, targets drawn from the model's own distribution.
 
-    Old and reference log-probabilities are the true ones plus normal drift, advantages are normal.
+    Old and reference log-probabilities are the true ones plus normal drift, advantages are normal. With supports,
+    targets are drawn from the distribution on them, which the log-probabilities are of; those of single tokens are 0.
     """
     device = torch.device(device)
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -267,9 +302,17 @@ def make_batch(case: Case, device: torch.device | str = "cpu", seed: int = 0) ->
     weight = torch.empty(model.vocab, model.hidden, dtype=torch.bfloat16, device=device)
     for block in weight.split(16384):
         block.copy_(normal(*block.shape))
-    targets, logprobs = _sample(hidden, weight, model.softcap, generator)
+    support = None
+    if scenario.support is not None:
+        support = draw_support(scenario.support, case.tokens, model.vocab, device, generator)
+    targets, logprobs, dense_logprobs = _sample(hidden, weight, model.softcap, support, generator)
     lengths = torch.tensor(case.lengths, device=device)
     active = torch.tensor(case.active_sequences, device=device)
+
+    def drifted(nats: float) -> Tensor:
+        moved = (logprobs + nats * normal(case.tokens)).clamp(max=-1e-4)
+        return moved if support is None else moved.where(support.sizes != 1, 0.0)
+
     return Batch(
         case,
         hidden.requires_grad_(scenario.gradient),
@@ -280,22 +323,36 @@ def make_batch(case: Case, device: torch.device | str = "cpu", seed: int = 0) ->
         torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
         normal(case.sequences) * active,
         logprobs,
-        (logprobs + OLD_DRIFT * normal(case.tokens)).clamp(max=-1e-4),
-        (logprobs + REF_DRIFT * normal(case.tokens)).clamp(max=-1e-4),
+        drifted(OLD_DRIFT),
+        drifted(REF_DRIFT),
+        support,
+        None if support is None else dense_logprobs,
     )
 
 
-def _sample(hidden: Tensor, weight: Tensor, softcap: float | None, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(targets, logprobs) `[T]`: one token a row drawn from softmax(logits), in float32, 128 rows at a time."""
+def _sample(
+    hidden: Tensor, weight: Tensor, softcap: float | None, support: Support | None, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(targets, logprobs, logprobs over the whole vocabulary) `[T]`: one token a row drawn from softmax(logits) on its
+    support, in float32, 128 rows at a time.
+    """
     columns = weight.float().T
-    targets, logprobs = [], []
-    for rows in hidden.split(128):
+    found = []
+    for start in range(0, len(hidden), 128):
+        rows = hidden[start : start + 128]
         logits = rows.float() @ columns
         if softcap is not None:
             logits = softcap * torch.tanh(logits / softcap)
-        log_p = torch.log_softmax(logits, -1)
+        log_p = dense = torch.log_softmax(logits, -1)
         draws = torch.rand(len(rows), 1, generator=generator, device=hidden.device)
-        chosen = torch.searchsorted(log_p.exp().cumsum(-1), draws).clamp(max=weight.shape[0] - 1)
-        targets.append(chosen.squeeze(-1))
-        logprobs.append(log_p.gather(-1, chosen).squeeze(-1))
-    return torch.cat(targets), torch.cat(logprobs)
+        if support is None:
+            totals = log_p.exp().cumsum(-1)
+        else:
+            mask = mask_of(support[start : start + 128], weight.shape[0])
+            log_p = torch.log_softmax(logits.masked_fill(~mask, -torch.inf), -1)
+            totals = log_p.exp().cumsum(-1)
+            draws = (1 - draws) * totals[:, -1:]  # in (0, total]: never where nothing was added
+        chosen = torch.searchsorted(totals, draws).clamp(max=weight.shape[0] - 1)
+        found.append([chosen, log_p.gather(-1, chosen), dense.gather(-1, chosen)])
+    targets, logprobs, dense_logprobs = (torch.cat(parts).squeeze(-1) for parts in zip(*found, strict=True))
+    return targets, logprobs, dense_logprobs

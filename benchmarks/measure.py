@@ -10,7 +10,10 @@ A record, `extra_info` of a pytest-benchmark test (times in seconds, memory in b
     schema      1
     case        name, title, scenario, model, hidden, vocab, softcap, tokens, sequences, ragged, padded_tokens,
                 active_tokens, flops, gradient_bytes (what a call returns), compulsory_bytes (least DRAM traffic;
-                computed, not measured)
+                computed, not measured); flops and compulsory_bytes are those of a step without supports
+    support     null, or of the rows' supports: kind (see `supports.py`), mean, median, max (tokens of a row), token_ids
+                (all), distinct_ids, sparse_limit (tokens of the largest that is computed from gathered rows), shares
+                (of the rows: single tokens, not computed; sparse; masked; whole)
     machine     `machine.machine_facts()`
     memory_method   how peak_bytes was read, or null
     floor       median (the sum of the medians below), gemms: {name: {seconds, median, min, max, n}}
@@ -39,6 +42,9 @@ from benchmarks.cases import Batch, Case, make_batch
 from benchmarks.machine import PeakMemory, available_bytes, device_name, machine_facts, timed
 from benchmarks.oracle import Errors, SampledRows, check_small
 from benchmarks.report import text_table
+from benchmarks.supports import facts as support_facts
+from grpo_fast.loss import sparse_limit
+from grpo_fast.packing import Support
 
 ROUNDS = 5
 SLOW_SECONDS, SLOW_ROUNDS = 8.0, 2
@@ -57,6 +63,7 @@ class Entry:
     seconds: list[float] = field(default_factory=list)
     peaks: list[int | None] = field(default_factory=list)
     contender: Contender | None = None
+    batch: Batch | None = None
     status: str = "timed"
     reason: str | None = None
     errors: Errors = field(default_factory=dict)
@@ -93,7 +100,7 @@ class Measurement:
     """A case in progress.
 
     Args:
-        names: of `CONTENDERS`; None: all.
+        names: of `CONTENDERS`; None: all, but those for cases with supports only where there are some.
         rounds: timed runs of each contender; those above 8 s a run get 2.
     """
 
@@ -102,10 +109,13 @@ class Measurement:
         if unknown:
             raise ValueError(f"names: expected some of {', '.join(CONTENDERS)}; got {', '.join(sorted(unknown))}")
         self.case, self.rounds, self.device = case, rounds, device_name()
-        self.names = [name for name in CONTENDERS if names is None or name in names]
+        everyone = [n for n, c in CONTENDERS.items() if case.scenario.support is not None or not c.needs_support]
+        self.names = everyone if names is None else [name for name in CONTENDERS if name in names]
         self.memory = PeakMemory()
         self.entries: list[Entry] = []
         self.gemms: list[Entry] = []
+        self.support: Support | None = None
+        self.limit = 0
         self.turn = 0
 
     def too_large(self) -> str | None:
@@ -123,31 +133,46 @@ class Measurement:
     def prepare(self) -> None:
         """Make the inputs, decide who takes part, check results, warm up."""
         packed = make_batch(self.case, self.device)
-        layouts = {False: packed, True: packed.padded()}
-        sampled = SampledRows(packed)
+        self.support, self.limit = packed.support, sparse_limit(packed.weight)
+        views: dict[tuple[bool, bool], Batch] = {}
+        sampled: dict[bool, SampledRows] = {}
         for name in self.names:
             contender = CONTENDERS[name]
-            batch = layouts[contender.padded]
-            entry = Entry(name, lambda c=contender, b=batch: c.run(b), contender=contender)  # type: ignore[misc]
+            entry = Entry(name, lambda: None, contender=contender)
             self.entries.append(entry)
-            self._admit(entry, contender, batch, sampled)
+            absent = self._why_absent(contender)
+            if absent is not None:
+                entry.reject(*absent)
+                continue
+            dense = contender.support == "ignores"
+            view = (contender.padded, dense)
+            if view not in views:
+                views[view] = contender.view(packed)
+            batch = views[view]
+            if dense not in sampled:
+                sampled[dense] = SampledRows(batch if dense else packed)
+            entry.batch, entry.run = batch, lambda c=contender, b=batch: c.run(b)  # type: ignore[misc]
+            self._admit(entry, contender, batch, sampled[dense])
         self.gemms = floor_gemms(self.case, packed)
         for gemm in self.gemms:
             gemm.run()
         # What has been imported and compiled stays: without this every collection between runs walks through it.
         gc.collect()
         gc.freeze()
-        self.layouts = layouts
 
-    def _admit(self, entry: Entry, contender: Contender, batch: Batch, sampled: SampledRows) -> None:
-        """Reject an entry with its reason, or warm it up."""
-        scenario, softcap = self.case.scenario, self.case.model.softcap
+    def _why_absent(self, contender: Contender) -> tuple[str, str] | None:
+        """(status, reason) of a contender that does not take part, or None."""
         missing = contender.why_missing()
         withheld = contender.why_not_offered(self.case, self.device)
         large = self._shortage(contender.peak_bytes(self.case))
         for status, reason in (("not offered", withheld), ("not installed", missing), ("too large", large)):
             if reason is not None:
-                return entry.reject(status, reason)
+                return status, reason
+        return None
+
+    def _admit(self, entry: Entry, contender: Contender, batch: Batch, sampled: SampledRows) -> None:
+        """Warm an entry up, or reject it as failed."""
+        scenario, softcap = self.case.scenario, self.case.model.softcap
         try:
             entry.errors, wrong = check_small(contender, scenario, softcap, self.device)
             if wrong is None:
@@ -161,7 +186,8 @@ class Measurement:
             wrong = f"{type(error).__name__}: {error}"
         finally:
             batch.clear_gradients()
-        return None if wrong is None else entry.reject("failed", wrong)
+        if wrong is not None:
+            entry.reject("failed", wrong)
 
     def _run(self, entry: Entry, batch: Batch | None) -> tuple[Any, float, int | None]:
         """(outcome, seconds, bytes) of one run; gradients are freed before it and kept through it."""
@@ -179,7 +205,7 @@ class Measurement:
         for entry in entries[shift:] + entries[:shift]:
             if not entry.wants(self.rounds):
                 continue
-            batch = self.layouts[entry.contender.padded] if entry.contender else None
+            batch = entry.batch
             if entry.typical < SHORT_SECONDS:
                 self._run(entry, batch)
             outcome, seconds, peak = self._run(entry, batch)
@@ -210,11 +236,18 @@ class Measurement:
                     for name in "tokens padded_tokens active_tokens flops gradient_bytes compulsory_bytes".split()
                 },
             },
+            "support": self._supports(),
             "machine": machine_facts(),
             "memory_method": self.memory.method,
             "floor": {"median": floor, "gemms": {gemm.name: gemm.times() for gemm in self.gemms}},
             "contenders": [self._result(entry, floor) for entry in self.entries],
         }
+
+    def _supports(self) -> dict[str, Any] | None:
+        kind = self.case.scenario.support
+        if kind is None or self.support is None:
+            return None
+        return support_facts(self.support, kind, self.case.model.vocab, self.limit)
 
     def _result(self, entry: Entry, floor: float) -> dict[str, Any]:
         assert entry.contender is not None

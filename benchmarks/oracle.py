@@ -1,8 +1,9 @@
 """Who may be timed: errors against float64, and how large they may be.
 
 Log-probabilities and entropies are compared at the measured shape, on 64 rows; the loss and its gradients on a small
-shape with the same scenario, where the float64 oracle (`grpo_fast.reference`) fits. A contender may be twice as far off
-as plain bf16 eager, or at the floors of the project's own bf16 tolerances, whichever is more.
+shape with the same scenario, where the float64 oracle (`grpo_fast.reference`) fits. Supports are masks of its logits;
+who computes on the whole vocabulary is checked on it. A contender may be twice as far off as plain bf16 eager, or at
+the floors of the project's own bf16 tolerances, whichever is more.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from torch import Tensor
 from benchmarks.baselines import CONTENDERS, Contender, Outcome
 from benchmarks.baselines.implementations import model_logits
 from benchmarks.cases import Batch, Case, Model, Scenario, make_batch
-from grpo_fast.reference import reference_logprobs, reference_loss
+from benchmarks.supports import mask_of
+from grpo_fast.reference import reference_policy_loss
 
 Errors = dict[str, float]
 
@@ -63,11 +65,12 @@ class SampledRows:
         self.rows = torch.linspace(0, batch.case.tokens - 1, count, device=batch.hidden.device).round().long()
         hidden, targets = batch.hidden.detach()[self.rows], batch.targets[self.rows]
         weight, cap = batch.weight.detach(), batch.head.softcap
+        mask = None if batch.support is None else mask_of(batch.support[self.rows], weight.shape[0])
         # By blocks of the vocabulary: a float64 copy of the whole weight would be four times its size.
         exact = torch.cat([hidden.double() @ block.double().T for block in weight.split(16384)], dim=1)
         exact = exact if cap is None else cap * torch.tanh(exact / cap)
-        self.exact = _statistics(exact, targets)
-        eager = _statistics(model_logits(hidden, weight, cap).float(), targets)
+        self.exact = _statistics(exact, targets, mask)
+        eager = _statistics(model_logits(hidden, weight, cap).float(), targets, mask)
         self.eager = _differences(*eager, self.exact, None)
 
     def check(self, batch: Batch, outcome: Outcome) -> tuple[Errors, str | None]:
@@ -90,10 +93,13 @@ def _differences(
     return errors
 
 
-def _statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(logprobs, entropy) of logits `[R, V]`, in their dtype."""
+def _statistics(logits: Tensor, targets: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(logprobs, entropy) of logits `[R, V]`, in their dtype, where the mask is True."""
+    if mask is not None:
+        logits = logits.masked_fill(~mask, -torch.inf)
     log_p = torch.log_softmax(logits, -1)
-    return log_p.gather(-1, targets[:, None]).squeeze(-1), -(log_p.exp() * log_p).sum(-1)
+    finite = log_p if mask is None else log_p.masked_fill(~mask, 0.0)
+    return log_p.gather(-1, targets[:, None]).squeeze(-1), -(log_p.exp() * finite).sum(-1)
 
 
 # -- at a small shape -------------------------------------------------------------------------------------------------
@@ -115,33 +121,35 @@ def _small(scenario: Scenario, softcap: float | None, device: str) -> tuple[Batc
     batch = make_batch(small_case(scenario, softcap), device, seed=1)
     hidden = batch.hidden.detach().double().requires_grad_()
     weight = batch.weight.detach().double().requires_grad_()
+    logits = hidden @ weight.T
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    mask = None if batch.support is None else mask_of(batch.support, weight.shape[0])
+    logprobs, entropy = _statistics(logits, batch.targets, mask)
+    exact = {"logprobs": logprobs.detach(), "entropy": entropy.detach()}
     if not scenario.gradient:
-        with torch.no_grad():
-            logprobs, entropy = reference_logprobs(hidden, weight, batch.targets, head=batch.head)
-        return batch, {"logprobs": logprobs, "entropy": entropy}
-    out = reference_loss(
-        hidden,
-        weight,
-        batch.targets,
+        return batch, exact
+    loss = reference_policy_loss(
+        logprobs,
+        entropy,
         batch.advantages.double(),
         config=batch.config,
-        head=batch.head,
         cu_seqlens=batch.cu_seqlens,
         old_logprobs=batch.old.double(),
         ref_logprobs=batch.ref.double(),
     )
-    out.loss.backward()
-    exact = {"logprobs": out.logprobs, "entropy": out.entropy, "loss": out.loss}
-    exact |= {"grad_hidden": hidden.grad, "grad_weight": weight.grad}
-    return batch, {name: values.detach() for name, values in exact.items()}
+    loss.backward()
+    assert hidden.grad is not None
+    assert weight.grad is not None
+    return batch, exact | {"loss": loss.detach(), "grad_hidden": hidden.grad, "grad_weight": weight.grad}
 
 
 def small_errors(
     contender: Contender, scenario: Scenario, softcap: float | None, device: str
 ) -> tuple[Errors, Outcome]:
     """Errors of a contender against the oracle on the small shape, and what it returned."""
+    scenario = contender.judged_on(scenario)
     packed, exact = _small(scenario, softcap, device)
-    batch = packed.padded() if contender.padded else packed
+    batch = contender.view(packed)
     batch.clear_gradients()
     outcome = contender.run(batch)
     parts = (outcome.logprobs, outcome.entropy, outcome.computed)
@@ -165,6 +173,7 @@ def check_small(
     contender: Contender, scenario: Scenario, softcap: float | None, device: str
 ) -> tuple[Errors, str | None]:
     """(errors, complaint) of a contender on the small shape."""
+    scenario = contender.judged_on(scenario)
     eager, _ = small_errors(CONTENDERS[EAGER], scenario, softcap, device)
     errors, outcome = small_errors(contender, scenario, softcap, device)
     return errors, complaint(errors, allowed(eager, outcome))

@@ -2,11 +2,13 @@
 
     python benchmarks/race.py --out benchmarks/results/<device>/race                  about an hour on two cores
     python benchmarks/race.py --out benchmarks/results/<device>/race --redraw         table and picture from race.json
+    python benchmarks/race.py --out benchmarks/results/<device>/race --top-p 0.95     a second pair beside it
     python benchmarks/race.py --out /tmp/race --seeds 0 --max-steps 2 \\
         --set prompts_per_step=2 rollout.num_generations=2                            does it run?
 
 Each contender and seed runs in a process of its own, contenders in turn, never two at once. Writes race.json (machine,
 versions, hyperparameters of both, every step of every run), race.png, and for each run its record and what it said.
+With `--top-p P` both trainers sample so, and the files are race-top-p-P.json and so on: those of another pair stay.
 How TRL is set up, and which alternatives it has: `race_setup.py`.
 """
 
@@ -36,6 +38,7 @@ DIFFERENCES = [
     "layout: ours packs sequences, TRL pads them",
     "micro-batches: ours fills a budget of tokens, TRL takes a fixed number of completions (settings of its runs)",
     "completions whose advantage is zero: ours leaves them out of the update, TRL computes their zero gradient",
+    "truncated sampling: with top-p below 1 ours computes on the words that it kept, TRL over the whole vocabulary",
     "not timed: loading, evaluation and checkpoints (neither contender evaluates or saves)",
 ]
 
@@ -43,14 +46,14 @@ DIFFERENCES = [
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the race or redraw one; 1 if a run failed."""
     given = build_parser().parse_args(argv)
-    file = given.out / "race.json"
+    file = given.out / f"{race_name(given)}.json"
     if given.redraw:
         race = json.loads(file.read_text(encoding="utf-8"))
     else:
         if file.exists():
             sys.exit(f"error: --out: expected a folder without a race; {file} exists")
         race = run_race(given)
-    show(race, given.out)
+    show(race, file.with_suffix(".png"))
     return int(any(run["error"] is not None for run in race["runs"]))
 
 
@@ -76,8 +79,21 @@ def build_parser() -> argparse.ArgumentParser:
         help="completions that go through TRL's update at once; affects its speed and memory, not its curve",
     )
     parser.add_argument("--recipe", default=str(HERE.parent / "recipes" / "demo.yaml"))
+    parser.add_argument(
+        "--top-p", type=float, metavar="P", help="both sample with it: a pair of runs with its own files"
+    )
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="options of the recipe, for both")
     return parser
+
+
+def race_name(given: argparse.Namespace) -> str:
+    """What the files of a race are called."""
+    return "race" if given.top_p is None else f"race-top-p-{given.top_p:g}"
+
+
+def overrides(given: argparse.Namespace) -> list[str]:
+    """Options of the recipe, for both contenders."""
+    return [*given.set, *([] if given.top_p is None else [f"rollout.top_p={given.top_p:g}"])]
 
 
 def run_race(given: argparse.Namespace) -> dict[str, Any]:
@@ -87,7 +103,8 @@ def run_race(given: argparse.Namespace) -> dict[str, Any]:
         "machine": machine_facts(),
         "command": " ".join(["python", "benchmarks/race.py", *sys.argv[1:]]),
         "recipe": Path(given.recipe).name,
-        "overrides": given.set,
+        "overrides": overrides(given),
+        "top_p": given.top_p,
         "target": given.stop_at,
         "window": WINDOW,
         "max_steps": given.max_steps,
@@ -105,14 +122,15 @@ def run_race(given: argparse.Namespace) -> dict[str, Any]:
             race["hyperparameters"] = run["start"].pop("hyperparameters", None) or race["hyperparameters"]
             race["same_prompts"] = same_prompts(race["runs"])
             race["summary"] = {name: summarize(race["runs"], name, given.stop_at) for name in given.contenders}
-            write_json(race, given.out / "race.json")
+            write_json(race, given.out / f"{race_name(given)}.json")
     return race
 
 
 def run_one(contender: str, seed: int, given: argparse.Namespace) -> dict[str, Any]:
     """One run in a fresh process; its failure is part of the result."""
     name = f"{contender}-seed{seed}"
-    record, log = given.out / "runs" / f"{name}.jsonl", given.out / "runs" / f"{name}.log"
+    file = given.out / "runs" / race_name(given).replace("race", name, 1)
+    record, log = (file.with_name(f"{file.name}.{kind}") for kind in ("jsonl", "log"))
     command = [sys.executable, str(HERE / "race_contenders.py"), contender, str(seed), "--record", str(record)]
     command += ["--trl-micro-batch", str(given.trl_micro_batch)]
     command += ["--recipe", given.recipe, "--stop-at", str(given.stop_at), "--max-steps", str(given.max_steps)]
@@ -125,7 +143,9 @@ def run_one(contender: str, seed: int, given: argparse.Namespace) -> dict[str, A
     record.unlink(missing_ok=True)
     load, started = os.getloadavg()[0], time.perf_counter()
     with open(log, "wb") as stderr:
-        code = subprocess.run([*command, "--set", *given.set], env=environment, stderr=stderr, check=False).returncode
+        code = subprocess.run(
+            [*command, "--set", *overrides(given)], env=environment, stderr=stderr, check=False
+        ).returncode
     total = time.perf_counter() - started
     rows = [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
     steps = [row for row in rows if "step" in row]
@@ -150,12 +170,12 @@ def _python_path() -> list[str]:
     return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
-def show(race: Mapping[str, Any], out: Path) -> None:
+def show(race: Mapping[str, Any], png: Path) -> None:
     """Print the summary; draw the picture if there is anything to draw."""
     print(f"\n{markdown(race)}\n")
     if any(run["steps"] for run in race["runs"]):
-        plot(race, out / "race.png")
-        print(f"wrote {out / 'race.png'}")
+        plot(race, png)
+        print(f"wrote {png}")
 
 
 def write_json(race: Mapping[str, Any], file: Path) -> None:

@@ -111,6 +111,8 @@ def markdown(race: Mapping[str, Any]) -> str:
                 f"Medians of {name} are of seeds {', '.join(map(str, one['seeds']))} only: the others failed.",
             ]
     agree = {True: "the same in all runs of a seed", False: "**NOT the same**", None: "nothing to compare"}
+    if race.get("top_p") is not None:  # races from before there was a choice have none
+        lines += ["", f"Both sample at top-p {race['top_p']:g}."]
     lines += [
         "",
         f"Prompts step by step: {agree[same_prompts(race['runs'])]}. Model loading is not in the times to reward.",
@@ -184,7 +186,8 @@ def plot(race: Mapping[str, Any], png: Path) -> None:
     top = max(row["reward"] for run in runs for row in run["steps"])
     axes.set_ylim(0, max(1.03 if top <= 1 else 1.05 * top, 1.1 * target))
     seeds = sorted({run["seed"] for run in runs})
-    axes.set_title("Reward against wall time", loc="left", color=_INK, fontsize=12, fontweight="bold")
+    sampling = "" if race.get("top_p") is None else f", both at top-p {race['top_p']:g}"
+    axes.set_title(f"Reward against wall time{sampling}", loc="left", color=_INK, fontsize=12, fontweight="bold")
     subtitle = f"{WINDOW}-step mean; faint: each step; seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}"
     axes.set_title(subtitle, loc="right", color=_MUTED, fontsize=9)
     axes.set_xlabel("seconds of training, model loading excluded", color=_MUTED, fontsize=9)

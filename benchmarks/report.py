@@ -1,7 +1,7 @@
 """Tables and charts of recorded benchmarks: python benchmarks/report.py results/*.json [--out DIR]
 
-Writes report.md, time_vs_floor.png and, where growth was measured, growth.png. The records are those of `measure.py`.
-Needs matplotlib for the charts, and nothing else of this repository.
+Writes report.md, time_vs_floor.png and, where growth was measured, growth.png and growth_support.png (`charts.py`). The
+records are those of `measure.py`. Needs matplotlib for the charts, and nothing of this repository but these two files.
 
 Every time stands beside that of the GEMMs that the cheapest plan must do, run by torch. On a GPU these are the floor:
 everyone multiplies by the same library. On a CPU they are a reference: better products beat them.
@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+REPO = Path(__file__).resolve().parent.parent
 OWN = "grpo-fast"
 # What records say that are older than a contender's full name.
 FULL_NAMES = {
@@ -24,11 +25,7 @@ FULL_NAMES = {
     "Liger fused": "Liger fused (not compiled)",
     "Liger fused (one chunk)": "Liger fused (one chunk, not compiled)",
 }
-COLOURS = (
-    *("#1b7837", "#7fbf7b", "#4d4d4d", "#b2182b", "#f4a582", "#d6604d", "#2166ac", "#92c5de", "#053061", "#e08214"),
-    *("#762a83", "#35978f", "#c51b7d", "#8c510a"),
-)
-AXES = {"tokens": "tokens T", "vocab": "vocabulary V", "active": "share of tokens with an advantage"}
+DENSE = "grpo-fast dense"  # the step without supports, in the same rounds
 
 
 def load(paths: Sequence[Path]) -> list[Record]:
@@ -87,13 +84,27 @@ def machine_line(record: Record) -> str:
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _milliseconds(seconds: float) -> str:
+def milliseconds(seconds: float) -> str:
     return f"{seconds * 1000:.{0 if seconds >= 0.1 else 2}f}"
 
 
 def headers(record: Record) -> tuple[str, ...]:
     ratio = f"x {yardstick(record)}"
-    return ("contender", "median ms", "min to max", "n", ratio, "TFLOP/s", "peak MiB", "logprob err", "gradient err")
+    rate = "TFLOP/s" if supports(record) is None else "x dense"
+    return ("contender", "median ms", "min to max", "n", ratio, rate, "peak MiB", "logprob err", "gradient err")
+
+
+def supports(record: Record) -> Record | None:
+    """What a record says of its rows' supports; None where it is older than they are, too."""
+    return record.get("support")
+
+
+def _rate(record: Record, seconds: float) -> str:
+    """TFLOP/s; with supports, over the step without them, whose FLOPs are not what is done."""
+    if supports(record) is None:
+        return f"{record['case']['flops'] / seconds / 1e12:.2f}"
+    dense = next((c["median"] for c in timed(record) if c["name"] == DENSE), None)
+    return "" if dense is None else f"{seconds / dense:.3f}"
 
 
 def rows(record: Record) -> list[tuple[str, ...]]:
@@ -103,25 +114,25 @@ def rows(record: Record) -> list[tuple[str, ...]]:
     table = [
         (
             f"{yardstick(record)} GEMMs ({' + '.join(gemms)})",
-            _milliseconds(floor["median"]),
-            f"{_milliseconds(sum(g['min'] for g in gemms.values()))} to "
-            f"{_milliseconds(sum(g['max'] for g in gemms.values()))}",
+            milliseconds(floor["median"]),
+            f"{milliseconds(sum(g['min'] for g in gemms.values()))} to "
+            f"{milliseconds(sum(g['max'] for g in gemms.values()))}",
             str(min(g["n"] for g in gemms.values())),
             "1.00",
-            f"{record['case']['flops'] / floor['median'] / 1e12:.2f}",
+            _rate(record, floor["median"]),
             *[""] * 3,
         )
     ]
-    for c in sorted(_timed(record), key=lambda c: c["median"]):
+    for c in sorted(timed(record), key=lambda c: c["median"]):
         peak = "" if c["peak_bytes"] is None else f"{c['peak_bytes'] / 2**20:.0f}"
         table.append(
             (
-                _starred(c),
-                _milliseconds(c["median"]),
-                f"{_milliseconds(c['min'])} to {_milliseconds(c['max'])}",
+                starred(c),
+                milliseconds(c["median"]),
+                f"{milliseconds(c['min'])} to {milliseconds(c['max'])}",
                 str(c["n"]) + ("+" if c["first_run_counted"] else ""),
                 f"{c['floor_ratio']:.2f}",
-                f"{c['tflops']:.2f}",
+                _rate(record, c["median"]),
                 peak,
                 _error(c, "logprobs"),
                 _error(c, "grad_hidden", "grad_weight"),
@@ -131,11 +142,11 @@ def rows(record: Record) -> list[tuple[str, ...]]:
     return table
 
 
-def _timed(record: Record) -> list[Record]:
+def timed(record: Record) -> list[Record]:
     return [c for c in record["contenders"] if c["status"] == "timed"]
 
 
-def _starred(contender: Record) -> str:
+def starred(contender: Record) -> str:
     return contender["name"] + ("" if contender["entropy"] else " *")
 
 
@@ -157,6 +168,8 @@ def text_table(record: Record) -> str:
     for row in table:
         cells = [row[0].ljust(widths[0])] + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(cells).rstrip())
+    found = supports(record)
+    lines += [] if found is None else [f"  {support_line(found)}"]
     return "\n".join(lines + [f"  {reason}" for reason in reasons(record)])
 
 
@@ -166,6 +179,16 @@ def heading(record: Record) -> str:
     return (
         f"{case['model']}, {case['title']}: T {case['tokens']} ({case['active_tokens']} active), H {case['hidden']}, "
         f"V {case['vocab']}{cap}"
+    )
+
+
+def support_line(found: Record) -> str:
+    """What the supports of a record are."""
+    shares = ", ".join(f"{share:.1%} {name}" for name, share in found["shares"].items() if share)
+    return (
+        f"Supports ({found['kind']}): mean {found['mean']:.1f}, median {found['median']:g}, largest {found['max']}; "
+        f"{found['token_ids']} ids, {found['distinct_ids']} distinct; of the rows {shares} (sparse up to "
+        f"{found['sparse_limit']} tokens)."
     )
 
 
@@ -183,40 +206,44 @@ def summary(records: Sequence[Record]) -> list[str]:
     ]
     untimed: dict[str, None] = {}
     for record in records:
-        case, timed = record["case"], {c["name"]: c for c in _timed(record)}
-        if OWN not in timed or "growth" in record:
+        case, by_name = record["case"], {c["name"]: c for c in timed(record)}
+        if OWN not in by_name or "growth" in record:
             continue
-        own = timed[OWN]
+        own = by_name[OWN]
         peak = "" if own["peak_bytes"] is None else f"{(own['peak_bytes'] - case['gradient_bytes']) / 2**20:.0f}"
-        dense = {c["name"]: c for c in _timed(full[case["model"]])} if case["model"] in full else {}
+        dense = {c["name"]: c for c in timed(full[case["model"]])} if case["model"] in full else {}
+        full_step = dense.get(OWN)
+        if supports(record) is not None:  # the same run's; and those not timed there mask nothing
+            dense, full_step = {}, by_name.get(DENSE)
         rivals = []
-        for candidates in (_rivals(timed.values(), entropy=True), _rivals(timed.values())):
+        for candidates in (_rivals(by_name.values(), entropy=True), _rivals(by_name.values())):
             fastest = min(candidates, key=lambda c: c["median"], default=None)
             if fastest is None:
                 rivals += ["", ""]
                 continue
-            beaten_by = _faster(fastest["name"], dense, timed)
+            beaten_by = _faster(fastest["name"], dense, by_name)
             untimed |= dict.fromkeys(beaten_by)
-            rivals += [_starred(fastest) + " +" * bool(beaten_by), f"{fastest['median'] / own['median']:.2f}"]
-        share = f"{own['median'] / dense[OWN]['median']:.2f}" if OWN in dense else ""
+            rivals += [starred(fastest) + " +" * bool(beaten_by), f"{fastest['median'] / own['median']:.2f}"]
+        digits = 2 if supports(record) is None else 3
+        share = "" if full_step is None else f"{own['median'] / full_step['median']:.{digits}f}"
         title = f"{case['model']}, T {case['tokens']}, {case['title']}"
-        cells = (title, _milliseconds(own["median"]), spread(record, own), peak, *rivals, share)
+        cells = (title, milliseconds(own["median"]), spread(record, own), peak, *rivals, share)
         lines.append(f"| {' | '.join(cells)} |")
     if untimed:
         lines += ["", f"+: faster at the same head's full step, and not timed here: {', '.join(untimed)}."]
     return lines if len(lines) > 2 else []
 
 
-def _rivals(timed: Iterable[Record], *, entropy: bool = False) -> list[Record]:
+def _rivals(candidates: Iterable[Record], *, entropy: bool = False) -> list[Record]:
     """Those of other packages, all or with entropies only."""
-    return [c for c in timed if c["package"] != OWN and (c["entropy"] or not entropy)]
+    return [c for c in candidates if c["package"] != OWN and (c["entropy"] or not entropy)]
 
 
-def _faster(name: str, full: Mapping[str, Record], timed: Mapping[str, Record]) -> list[str]:
+def _faster(name: str, full: Mapping[str, Record], present: Mapping[str, Record]) -> list[str]:
     """Who has entropies, was not timed in a case, and was faster than `name` at the full step."""
     if name not in full:
         return []
-    others = [c for c in _rivals(full.values(), entropy=True) if c["name"] not in timed]
+    others = [c for c in _rivals(full.values(), entropy=True) if c["name"] not in present]
     return [c["name"] for c in others if c["median"] < full[name]["median"]]
 
 
@@ -239,7 +266,8 @@ def markdown(records: Sequence[Record]) -> str:
         "whatever a contender really did. Peak: memory beyond the "
         f"inputs, gradients included ({first['memory_method'] or 'not measurable here'}). Errors against float64: "
         "log-probabilities in nats (RMS), the worse of the two gradients (relative RMS). *: computes no entropy, so it "
-        "does less than the others.",
+        "does less than the others. With supports, x dense is over the step without them in the same rounds, and the "
+        "GEMMs are those of that step.",
         "",
         *summary(records),
     ]
@@ -256,162 +284,10 @@ def markdown(records: Sequence[Record]) -> str:
         if record["machine"]["device"] == "cuda":
             lines += ["", f"Compulsory DRAM traffic (computed): {case['compulsory_bytes'] / 2**30:.2f} GiB."]
         lines += ["", f"Gradients returned: {case['gradient_bytes'] / 2**20:.0f} MiB."]
+        found = supports(record)
+        lines += [] if found is None else ["", support_line(found)]
         lines += [f"- {reason}" for reason in reasons(record)]
     return "\n".join(lines) + "\n"
-
-
-# -- charts -----------------------------------------------------------------------------------------------------------
-
-
-def _colours(records: Sequence[Record]) -> dict[str, str]:
-    names = list(dict.fromkeys(c["name"] for record in records for c in record["contenders"]))
-    return {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
-
-
-def plot_time_vs_floor(records: list[Record], path: Path, colours: dict[str, str]) -> None:
-    """One panel a case: each contender's time over that of the GEMMs, logarithmic."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    name = f"{yardstick(records[0])} GEMMs"
-    records = sorted(records, key=lambda record: -len(_timed(record)))  # panels of one height side by side
-    columns = 1 if len(records) == 1 else 2
-    lines = [records[i : i + columns] for i in range(0, len(records), columns)]
-    heights = [max(len(_timed(record)) for record in line) + 2.5 for line in lines]
-    figure, grid = plt.subplots(
-        len(lines),
-        columns,
-        figsize=(7.5 * columns, 0.32 * sum(heights) + 0.9),
-        height_ratios=heights,
-        squeeze=False,
-        layout="constrained",
-    )
-    longest = max(c["max"] / record["floor"]["median"] for record in records for c in _timed(record))
-    for axes, record in zip(grid.flat, [*records, *[None] * (grid.size - len(records))], strict=True):
-        if record is None:
-            axes.axis("off")
-            continue
-        floor = record["floor"]["median"]
-        timed = sorted(_timed(record), key=lambda c: -c["median"])
-        for y, c in enumerate(timed):
-            axes.barh(y, c["floor_ratio"], color=colours[c["name"]], height=0.7)
-            axes.plot([c["min"] / floor, c["max"] / floor], [y, y], color="black", linewidth=1)
-            label = f" {c['floor_ratio']:.2f}x, {_milliseconds(c['median'])} ms"
-            axes.text(max(c["max"] / floor, 1.0), y, label, va="center", fontsize=8)
-        axes.axvline(1.0, color="black", linewidth=1, linestyle="--")
-        axes.set_yticks(range(len(timed)), [_starred(c) for c in timed], fontsize=8)
-        tallest = heights[records.index(record) // columns] - 2.5
-        axes.set_ylim(len(timed) - tallest - 0.5, len(timed) - 0.5)  # bars of one thickness, from the top
-        axes.set_xscale("log")
-        axes.set_xlim(0.5, longest * 4)
-        _plain_log_ticks(axes.xaxis)
-        axes.tick_params(axis="x", labelsize=8)
-        axes.set_title(f"{heading(record)}\n{name} {_milliseconds(floor)} ms", fontsize=9)
-        axes.spines[["top", "right"]].set_visible(False)
-    for axes in grid[-1]:
-        axes.set_xlabel(f"time / {name} of the same run (log scale; lines: min to max; *: no entropy)", fontsize=8)
-    figure.suptitle(machine_line(records[0]), fontsize=9)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def _series(records: Sequence[Record], axis: str) -> dict[str, list[tuple[float, Record, Record]]]:
-    """contender: [(x, contender's result, record)], ordered, of the points that it was timed at."""
-    series: dict[str, list[tuple[float, Record, Record]]] = {}
-    for record in records:
-        if record.get("growth") == axis:
-            case = record["case"]
-            x = case["active_tokens"] / case["tokens"] if axis == "active" else case[axis]
-            for c in _timed(record):
-                series.setdefault(c["name"], []).append((x, c, record))
-    return {name: sorted(points, key=lambda point: point[0]) for name, points in series.items()}
-
-
-def plot_growth(records: Sequence[Record], path: Path, colours: dict[str, str]) -> None:
-    """Time and peak memory against T and V, and time against the active share."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, grid = plt.subplots(2, 3, figsize=(14, 7.5), layout="constrained")
-    panels = [
-        (grid[0][0], "tokens", "time"),
-        (grid[1][0], "tokens", "memory"),
-        (grid[0][1], "vocab", "time"),
-        (grid[1][1], "vocab", "memory"),
-        (grid[0][2], "active", "time"),
-    ]
-    for axes, axis, kind in panels:
-        series = _series(records, axis)
-        for name, points in series.items():
-            xs = [x for x, _, _ in points]
-            if kind == "time":
-                ys = [c["median"] for _, c, _ in points]
-                axes.fill_between(
-                    xs,
-                    [c["min"] for _, c, _ in points],
-                    [c["max"] for _, c, _ in points],
-                    color=colours[name],
-                    alpha=0.2,
-                )
-            else:
-                ys = [math.nan if c["peak_bytes"] is None else c["peak_bytes"] / 2**30 for _, c, _ in points]
-            axes.plot(xs, ys, marker="o", markersize=4, color=colours[name], label=name)
-        own = [r for r in records if r.get("growth") == axis]
-        if kind == "time" and own:
-            floor = sorted((x, r["floor"]["median"]) for points in series.values() for x, _, r in points)
-            axes.plot(
-                *zip(*floor, strict=True),
-                color="black",
-                linestyle="--",
-                linewidth=1,
-                label=f"{yardstick(own[0])} GEMMs",
-            )
-        _label(axes, axis, kind, own)
-    labelled: dict[str, Any] = {}
-    for axes, _, _ in panels:
-        labelled |= {label: handle for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    grid[1][2].axis("off")
-    grid[1][2].legend(labelled.values(), labelled.keys(), loc="center", frameon=False)
-    figure.suptitle(machine_line(records[0]), fontsize=10)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
-def _label(axes: Any, axis: str, kind: str, records: Sequence[Record]) -> None:
-    """Titles, units and scales of a growth panel."""
-    if not records:
-        axes.text(0.5, 0.5, "not measured", ha="center", va="center", transform=axes.transAxes)
-        return
-    case = records[0]["case"]
-    fixed = {"tokens": f"V {case['vocab']}", "vocab": f"T {case['tokens']}"}
-    fixed["active"] = f"T {case['tokens']}, V {case['vocab']}"
-    axes.set_title(f"{'time' if kind == 'time' else 'peak memory'}, H {case['hidden']}, {fixed[axis]}", fontsize=10)
-    axes.set_xlabel(AXES[axis])
-    axes.set_ylabel("seconds, forward + backward" if kind == "time" else "GiB beyond the inputs, gradients included")
-    axes.grid(alpha=0.3)
-    if axis == "active":
-        axes.set_ylim(bottom=0)
-        axes.set_xlim(0, 1.05)
-        return
-    ticks = sorted({r["case"][axis] for r in records})
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(ticks, [str(t) for t in ticks], fontsize=8)
-    axes.minorticks_off()
-    _plain_log_ticks(axes.yaxis)
-
-
-def _plain_log_ticks(axis: Any) -> None:
-    """1, 2, 5, 10 ... as plain numbers on a logarithmic axis."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
 
 
 # -- command line -----------------------------------------------------------------------------------------------------
@@ -419,20 +295,14 @@ def _plain_log_ticks(axis: Any) -> None:
 
 def write(paths: Sequence[Path], out: Path) -> list[Path]:
     """Write the report of some JSON files into a directory; returns what was written."""
+    if str(REPO) not in sys.path:  # run as a script
+        sys.path.append(str(REPO))
+    from benchmarks import charts
+
     records = load(paths)
     out.mkdir(parents=True, exist_ok=True)
-    written = [out / "report.md"]
-    written[0].write_text(markdown(records))
-    colours = _colours(sorted(records, key=lambda record: "growth" in record))
-    steps = [record for record in records if "growth" not in record and _timed(record)]
-    growth = [record for record in records if "growth" in record]
-    if steps:
-        plot_time_vs_floor(steps, out / "time_vs_floor.png", colours)
-        written.append(out / "time_vs_floor.png")
-    if growth:
-        plot_growth(growth, out / "growth.png", colours)
-        written.append(out / "growth.png")
-    return written
+    (out / "report.md").write_text(markdown(records))
+    return [out / "report.md", *charts.draw(records, out)]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

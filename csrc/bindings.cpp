@@ -11,6 +11,7 @@
 #include "gemm_cpu.h"
 #include "group_cpu.h"
 #include "row_cpu.h"
+#include "sparse_cpu.h"
 
 namespace grpo_fast {
 namespace {
@@ -40,31 +41,84 @@ Launch launch_on(int threads) { return {threads, detected_isa()}; }
 void bind_rows(py::module_& m) {
   m.def(
       "row_statistics",
-      [](const Rows& rows, Address logprobs, Address entropy, Address lse, int threads) {
-        row_statistics(rows, at<float>(logprobs), at<float>(entropy), at<float>(lse), launch_on(threads));
+      [](const Rows& rows, Address offsets, Address logprobs, Address entropy, Address lse, int threads) {
+        row_statistics(rows, at<float>(logprobs), at<float>(entropy), at<float>(lse), launch_on(threads),
+                       at<const int64_t>(offsets));
       },
-      Unlocked(), "rows"_a, py::kw_only(), "logprobs"_a, "entropy"_a, "lse"_a, "threads"_a);
+      Unlocked(), "rows"_a, py::kw_only(), "offsets"_a, "logprobs"_a, "entropy"_a, "lse"_a, "threads"_a);
   m.def(
       "row_gradient",
-      [](const Rows& rows, Address lse, Address entropy, Address g, Address e, int64_t vocab_start, DType dtype,
-         int threads) {
+      [](const Rows& rows, Address offsets, Address lse, Address entropy, Address g, Address e, int64_t vocab_start,
+         DType dtype, int threads) {
         row_gradient(rows, at<const float>(lse), at<const float>(entropy), at<const float>(g), at<const float>(e),
-                     vocab_start, dtype, launch_on(threads));
+                     vocab_start, dtype, launch_on(threads), at<const int64_t>(offsets));
       },
-      Unlocked(), "rows"_a, py::kw_only(), "lse"_a, "entropy"_a, "g"_a, "e"_a, "vocab_start"_a, "dtype"_a, "threads"_a);
+      Unlocked(), "rows"_a, py::kw_only(), "offsets"_a, "lse"_a, "entropy"_a, "g"_a, "e"_a, "vocab_start"_a, "dtype"_a,
+      "threads"_a);
   m.def(
       "row_objective",
-      [](const Rows& rows, const Objective& objective, Address advantages, Address weights, Address old_logprobs,
-         Address ref_logprobs, Address sampling_logprobs, Address importance, float entropy_gradient, float grad_scale,
-         DType dtype, Address logprobs, Address entropy, Address live, int threads) {
+      [](const Rows& rows, const Objective& objective, Address offsets, Address advantages, Address weights,
+         Address old_logprobs, Address ref_logprobs, Address sampling_logprobs, Address importance,
+         float entropy_gradient, float grad_scale, DType dtype, Address logprobs, Address entropy, Address live,
+         int threads) {
         const TokenArrays tokens =
             token_arrays_at(advantages, weights, old_logprobs, ref_logprobs, sampling_logprobs, importance);
         row_objective(rows, objective, tokens, entropy_gradient, grad_scale, dtype, at<float>(logprobs),
-                      at<float>(entropy), at<uint8_t>(live), launch_on(threads));
+                      at<float>(entropy), at<uint8_t>(live), launch_on(threads), at<const int64_t>(offsets));
       },
-      Unlocked(), "rows"_a, "objective"_a, py::kw_only(), "advantages"_a, "weights"_a, "old_logprobs"_a,
+      Unlocked(), "rows"_a, "objective"_a, py::kw_only(), "offsets"_a, "advantages"_a, "weights"_a, "old_logprobs"_a,
       "ref_logprobs"_a, "sampling_logprobs"_a, "importance"_a, "entropy_gradient"_a, "grad_scale"_a, "dtype"_a,
       "logprobs"_a, "entropy"_a, "live"_a, "threads"_a);
+}
+
+void bind_supports(py::module_& m) {
+  py::class_<Operands>(m, "Operands", py::module_local(), "hidden [R, H] and weight [V, H], either 0 where not read.")
+      .def(py::init([](DType dtype, Address hidden, Address weight, int64_t width) {
+             return Operands{dtype, at<const void>(hidden), at<const void>(weight), width};
+           }),
+           py::kw_only(), "dtype"_a, "hidden"_a, "weight"_a, "width"_a);
+  py::class_<Supports>(m, "Supports", py::module_local())
+      .def(py::init([](Address ids, Address offsets, int64_t num_rows) {
+             return Supports{at<const int32_t>(ids), at<const int64_t>(offsets), num_rows};
+           }),
+           py::kw_only(), "ids"_a, "offsets"_a, "num_rows"_a);
+  m.def("sparse_sort_bytes", &sparse_sort_bytes, "num_entries"_a);
+  m.def(
+      "sparse_logits",
+      [](const Operands& operands, const Supports& supports, Address out, int threads) {
+        sparse_logits(operands, supports, at<float>(out), launch_on(threads));
+      },
+      Unlocked(), "operands"_a, "supports"_a, py::kw_only(), "out"_a, "threads"_a);
+  m.def(
+      "sparse_grad_hidden",
+      [](const Operands& operands, const Supports& supports, Address dx, Address out, DType out_dtype, int threads) {
+        sparse_grad_hidden(at<const float>(dx), operands, supports, {out_dtype, at<void>(out)}, launch_on(threads));
+      },
+      Unlocked(), "operands"_a, "supports"_a, py::kw_only(), "dx"_a, "out"_a, "out_dtype"_a, "threads"_a);
+  m.def(
+      "sparse_grad_weight",
+      [](const Operands& operands, Address dx, Address ids, Address rows, int64_t num_entries, int64_t vocab,
+         Address out, DType out_dtype, Address scratch, int threads) {
+        sparse_grad_weight(at<const float>(dx), operands, at<const int32_t>(ids), at<const int64_t>(rows), num_entries,
+                           vocab, {out_dtype, at<void>(out)}, at<void>(scratch), launch_on(threads));
+      },
+      Unlocked(), "operands"_a, py::kw_only(), "dx"_a, "ids"_a, "rows"_a, "num_entries"_a, "vocab"_a, "out"_a,
+      "out_dtype"_a, "scratch"_a, "threads"_a);
+  m.def(
+      "sparse_objective",
+      [](const Operands& operands, const Supports& supports, const Rows& rows, const Objective& objective,
+         Address advantages, Address weights, Address old_logprobs, Address ref_logprobs, Address sampling_logprobs,
+         Address importance, float entropy_gradient, float grad_scale, Address logprobs, Address entropy, Address live,
+         Address grad_hidden, DType grad_hidden_dtype, int threads) {
+        const TokenArrays tokens =
+            token_arrays_at(advantages, weights, old_logprobs, ref_logprobs, sampling_logprobs, importance);
+        sparse_objective(operands, supports, rows, objective, tokens, entropy_gradient, grad_scale,
+                         at<float>(logprobs), at<float>(entropy), at<uint8_t>(live),
+                         {grad_hidden_dtype, at<void>(grad_hidden)}, launch_on(threads));
+      },
+      Unlocked(), "operands"_a, "supports"_a, "rows"_a, "objective"_a, py::kw_only(), "advantages"_a, "weights"_a,
+      "old_logprobs"_a, "ref_logprobs"_a, "sampling_logprobs"_a, "importance"_a, "entropy_gradient"_a, "grad_scale"_a,
+      "logprobs"_a, "entropy"_a, "live"_a, "grad_hidden"_a, "grad_hidden_dtype"_a, "threads"_a);
 }
 
 template <typename Real>
@@ -163,6 +217,7 @@ PYBIND11_MODULE(_C, m) {
   bind_types(m);
   bind_group_types(m);
   bind_rows(m);
+  bind_supports(m);
   bind_groups(m);
   bind_gemms(m);
 }

@@ -3,44 +3,12 @@
 #include <cmath>
 #include <limits>
 
-#include "vector_math.h"
-
-// One body, three instruction sets: the loops are vectorised after the body is inlined into each.
-#if defined(__x86_64__) && defined(__GNUC__)
-#define GRPO_FAST_X86 1
-#if defined(__clang__)
-#define GRPO_FAST_AVX512 __attribute__((target("arch=x86-64-v4")))
-#else
-#define GRPO_FAST_AVX512 __attribute__((target("arch=x86-64-v4,prefer-vector-width=512")))
-#endif
-#define GRPO_FAST_AVX2 __attribute__((target("arch=x86-64-v3")))
-#endif
-
 namespace grpo_fast {
 namespace {
 
 constexpr int64_t kBlock = 1024;
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
-
-// Of one row: what turns raw products into logits.
-struct RowTransform {
-  const float* bias;
-  float logit_scale;
-  float softcap;
-  float temperature;
-};
-
-struct Statistics {
-  float logprob;
-  float entropy;
-  float lse;
-};
-
-GRPO_FAST_LOOP RowTransform transform_of(const Rows& rows, int64_t row) {
-  const float temperature = rows.row_temperature ? rows.row_temperature[row] : rows.temperature;
-  return {rows.bias, rows.logit_scale, rows.softcap, temperature};
-}
 
 // z [n] of raw products, columns `start` on: in `buffer`, or where they stand if there is nothing to do.
 GRPO_FAST_LOOP const float* logits_of(const float* row, const RowTransform& t, int64_t start, int64_t n, float* buffer) {
@@ -103,13 +71,15 @@ GRPO_FAST_LOOP float total(const float* values, int64_t n) {
 
 // With m the running maximum: sum = sum e^(z - m), moment = sum (z - m) e^(z - m); then
 // lse = m + log sum and entropy = log sum - moment / sum, free of the size of z.
-GRPO_FAST_LOOP Statistics statistics_body(const float* row, const RowTransform& t, int64_t columns, int64_t target) {
+GRPO_FAST_LOOP Statistics statistics_body(const Row& row, int64_t target) {
+  const RowTransform& t = row.transform;
+  const int64_t columns = row.length;
   alignas(64) float buffer[kBlock], weights[kBlock], moments[kBlock];
   float top = -kInfinity, target_logit = kNaN;
   double sum = 0.0, moment = 0.0;
   for (int64_t start = 0; start < columns; start += kBlock) {
     const int64_t n = columns - start < kBlock ? columns - start : kBlock;
-    const float* z = logits_of(row, t, start, n, buffer);
+    const float* z = logits_of(row.logits, t, start, n, buffer);
     if (target >= start && target < start + n) target_logit = z[target - start];
     const float block_top = largest(z, n);
     if (block_top > top) {
@@ -162,18 +132,19 @@ GRPO_FAST_LOOP void clear_row(float* row, int64_t columns) {
   std::memset(static_cast<void*>(row), 0, static_cast<size_t>(columns) * (dtype == DType::kFloat32 ? 4 : 2));
 }
 
-// dx = p (tilt (log p + entropy) - hit) bend, and hit bend more at the target.
+// dx = p (tilt (log p + entropy) - hit) bend, and hit bend more at the target; bend is the soft cap's, see below.
 template <DType dtype>
-GRPO_FAST_LOOP void gradient_body(float* row, const RowTransform& t, int64_t columns, int64_t target, float lse,
-                                  float entropy, float g, float e) {
-  if (g == 0.0f && e == 0.0f) return clear_row<dtype>(row, columns);
+GRPO_FAST_LOOP void gradient_body(const Row& row, int64_t target, float lse, float entropy, float g, float e) {
+  const RowTransform& t = row.transform;
+  const int64_t columns = row.length;
+  if (g == 0.0f && e == 0.0f) return clear_row<dtype>(row.logits, columns);
   const float chain = t.logit_scale / t.temperature;  // dz / dx but for the soft cap's share, bend = 1 - u^2
   const float hit = g * chain, tilt = -(e * chain);
   const float to_u = t.softcap != 0.0f ? t.temperature / t.softcap : 0.0f;
   alignas(64) float buffer[kBlock], dx[kBlock];
   for (int64_t start = 0; start < columns; start += kBlock) {
     const int64_t n = columns - start < kBlock ? columns - start : kBlock;
-    const float* z = logits_of(row, t, start, n, buffer);
+    const float* z = logits_of(row.logits, t, start, n, buffer);
     if (t.softcap != 0.0f) {
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) {
@@ -192,73 +163,36 @@ GRPO_FAST_LOOP void gradient_body(float* row, const RowTransform& t, int64_t col
     }
     const int64_t local = target - start;
     if (local >= 0 && local < n) {
-      const float u = z[local] * to_u;
-      dx[local] += hit * (1.0f - u * u);
+      // hit (1 - p) in one: what two rounded products leave of a sure token is not zero.
+      const float u = z[local] * to_u, log_p = exp_floor(z[local] - lse), p = exp_within(log_p);
+      const float bonus = e != 0.0f ? p * (tilt * (log_p + entropy)) : 0.0f;
+      dx[local] = (bonus + hit * (1.0f - p)) * (1.0f - u * u);
     }
-    store_block<dtype>(dx, start, n, row);
+    store_block<dtype>(dx, start, n, row.logits);
   }
 }
 
-// -- one instance an instruction set -----------------------------------------------------------------------------------
-
-using StatisticsFn = Statistics (*)(const float*, const RowTransform&, int64_t, int64_t);
-using GradientFn = void (*)(float*, const RowTransform&, int64_t, int64_t, float, float, float, float);
-
-Statistics statistics_baseline(const float* raw, const RowTransform& t, int64_t columns, int64_t target) {
-  return statistics_body(raw, t, columns, target);
-}
+struct StatisticsBody {
+  static GRPO_FAST_LOOP Statistics run(const Row& row, int64_t target) { return statistics_body(row, target); }
+};
 
 template <DType dtype>
-void gradient_baseline(float* row, const RowTransform& t, int64_t columns, int64_t target, float lse, float entropy,
-                       float g, float e) {
-  gradient_body<dtype>(row, t, columns, target, lse, entropy, g, e);
-}
+struct GradientBody {
+  static GRPO_FAST_LOOP void run(const Row& row, int64_t target, float lse, float entropy, float g, float e) {
+    gradient_body<dtype>(row, target, lse, entropy, g, e);
+  }
+};
 
-#ifdef GRPO_FAST_X86
-GRPO_FAST_AVX2 Statistics statistics_avx2(const float* raw, const RowTransform& t, int64_t columns, int64_t target) {
-  return statistics_body(raw, t, columns, target);
-}
-
-template <DType dtype>
-GRPO_FAST_AVX2 void gradient_avx2(float* row, const RowTransform& t, int64_t columns, int64_t target, float lse,
-                                  float entropy, float g, float e) {
-  gradient_body<dtype>(row, t, columns, target, lse, entropy, g, e);
-}
-
-GRPO_FAST_AVX512 Statistics statistics_avx512(const float* raw, const RowTransform& t, int64_t columns, int64_t target) {
-  return statistics_body(raw, t, columns, target);
-}
-
-template <DType dtype>
-GRPO_FAST_AVX512 void gradient_avx512(float* row, const RowTransform& t, int64_t columns, int64_t target, float lse,
-                                      float entropy, float g, float e) {
-  gradient_body<dtype>(row, t, columns, target, lse, entropy, g, e);
-}
-#endif
-
-StatisticsFn statistics_for(Isa isa) {
-#ifdef GRPO_FAST_X86
-  if (isa == Isa::kAvx512) return statistics_avx512;
-  if (isa == Isa::kAvx2) return statistics_avx2;
-#endif
-  (void)isa;
-  return statistics_baseline;
-}
-
-template <DType dtype>
-GradientFn gradient_instance(Isa isa) {
-#ifdef GRPO_FAST_X86
-  if (isa == Isa::kAvx512) return gradient_avx512<dtype>;
-  if (isa == Isa::kAvx2) return gradient_avx2<dtype>;
-#endif
-  (void)isa;
-  return gradient_baseline<dtype>;
-}
-
-GradientFn gradient_for(Isa isa, DType dtype) {
-  if (dtype == DType::kBFloat16) return gradient_instance<DType::kBFloat16>(isa);
-  if (dtype == DType::kFloat16) return gradient_instance<DType::kFloat16>(isa);
-  return gradient_instance<DType::kFloat32>(isa);
+// Rows of one length are shared out evenly, others as threads come free.
+template <typename Body>
+void for_rows(const Rows& rows, const int64_t* offsets, [[maybe_unused]] int threads, Body body) {
+  if (!offsets) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t t = 0; t < rows.num_rows; ++t) body(row_of(rows, nullptr, t), t);
+  } else {
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 8)
+    for (int64_t t = 0; t < rows.num_rows; ++t) body(row_of(rows, offsets, t), t);
+  }
 }
 
 }  // namespace
@@ -277,46 +211,51 @@ Isa detected_isa() {
   return Isa::kBaseline;
 }
 
-void row_statistics(const Rows& rows, float* logprobs, float* entropy, float* lse, Launch launch) {
+StatisticsFn statistics_for(Isa isa) { return instance<StatisticsBody>(isa); }
+
+GradientFn gradient_for(Isa isa, DType dtype) {
+  if (dtype == DType::kBFloat16) return instance<GradientBody<DType::kBFloat16>>(isa);
+  if (dtype == DType::kFloat16) return instance<GradientBody<DType::kFloat16>>(isa);
+  return instance<GradientBody<DType::kFloat32>>(isa);
+}
+
+bool ObjectivePass::operator()(const Row& row, int64_t t, int64_t target) const {
+  const Statistics found = statistics(row, target);
+  Token<float> token = token_of(tokens, t);
+  token.logprob = found.logprob;
+  const float g = token_term(objective, token).slope * tokens.weights[t];
+  logprobs[t] = found.logprob;
+  entropy[t] = found.entropy;
+  live[t] = g != 0.0f || entropy_gradient != 0.0f;
+  gradient(row, target, found.lse, found.entropy, g * grad_scale, entropy_gradient * grad_scale);
+  return live[t];
+}
+
+void row_statistics(const Rows& rows, float* logprobs, float* entropy, float* lse, Launch launch,
+                    const int64_t* offsets) {
   const StatisticsFn statistics = statistics_for(launch.isa);
-#pragma omp parallel for num_threads(launch.threads) schedule(static)
-  for (int64_t row = 0; row < rows.num_rows; ++row) {
-    const Statistics found = statistics(rows.logits + row * rows.row_stride, transform_of(rows, row),
-                                        rows.num_columns, rows.targets[row]);
-    logprobs[row] = found.logprob;
-    entropy[row] = found.entropy;
-    lse[row] = found.lse;
-  }
+  for_rows(rows, offsets, launch.threads, [&](const Row& row, int64_t t) {
+    const Statistics found = statistics(row, rows.targets[t]);
+    logprobs[t] = found.logprob;
+    entropy[t] = found.entropy;
+    lse[t] = found.lse;
+  });
 }
 
 void row_gradient(const Rows& rows, const float* lse, const float* entropy, const float* g, const float* e,
-                  int64_t vocab_start, DType dtype, Launch launch) {
+                  int64_t vocab_start, DType dtype, Launch launch, const int64_t* offsets) {
   const GradientFn gradient = gradient_for(launch.isa, dtype);
-#pragma omp parallel for num_threads(launch.threads) schedule(static)
-  for (int64_t row = 0; row < rows.num_rows; ++row) {
-    gradient(rows.logits + row * rows.row_stride, transform_of(rows, row), rows.num_columns,
-             rows.targets[row] - vocab_start, lse[row], entropy[row], g[row], e ? e[row] : 0.0f);
-  }
+  for_rows(rows, offsets, launch.threads, [&](const Row& row, int64_t t) {
+    gradient(row, rows.targets[t] - vocab_start, lse[t], entropy[t], g[t], e ? e[t] : 0.0f);
+  });
 }
 
 void row_objective(const Rows& rows, const Objective& objective, const TokenArrays& tokens, float entropy_gradient,
-                   float grad_scale, DType dtype, float* logprobs, float* entropy, uint8_t* live, Launch launch) {
-  const StatisticsFn statistics = statistics_for(launch.isa);
-  const GradientFn gradient = gradient_for(launch.isa, dtype);
-  const float e = entropy_gradient * grad_scale;
-#pragma omp parallel for num_threads(launch.threads) schedule(static)
-  for (int64_t row = 0; row < rows.num_rows; ++row) {
-    const RowTransform t = transform_of(rows, row);
-    float* logits = rows.logits + row * rows.row_stride;
-    const Statistics found = statistics(logits, t, rows.num_columns, rows.targets[row]);
-    Token<float> token = token_of(tokens, row);
-    token.logprob = found.logprob;
-    const float g = token_term(objective, token).slope * tokens.weights[row];
-    logprobs[row] = found.logprob;
-    entropy[row] = found.entropy;
-    live[row] = g != 0.0f || entropy_gradient != 0.0f;
-    gradient(logits, t, rows.num_columns, rows.targets[row], found.lse, found.entropy, g * grad_scale, e);
-  }
+                   float grad_scale, DType dtype, float* logprobs, float* entropy, uint8_t* live, Launch launch,
+                   const int64_t* offsets) {
+  const ObjectivePass pass{objective, tokens, entropy_gradient, grad_scale, logprobs, entropy, live,
+                           statistics_for(launch.isa), gradient_for(launch.isa, dtype)};
+  for_rows(rows, offsets, launch.threads, [&](const Row& row, int64_t t) { pass(row, t, rows.targets[t]); });
 }
 
 }  // namespace grpo_fast

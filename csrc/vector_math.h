@@ -1,4 +1,4 @@
-// exp, tanh and narrowing for loops that the compiler vectorises.
+// exp, tanh, narrowing and widening for loops that the compiler vectorises.
 //
 //   exp:  x = n ln2 + r, |r| <= ln2 / 2;  e^x = 2^n p(r), p of degree 6; 2^n in two factors, so that subnormal results
 //         come out too. Within 2 ulp on all of float32; e^-inf = 0, e^inf = inf, NaN stays NaN.
@@ -95,6 +95,20 @@ GRPO_FAST_LOOP uint16_t to_float16(float value) {
   half = size >= 0x47800000u ? 0x7c00u : half;  // 65536 and above
   half = size > 0x7f800000u ? 0x7e00u : half;   // NaN
   return static_cast<uint16_t>(sign | half);
+}
+
+GRPO_FAST_LOOP float from_bfloat16(uint16_t value) {
+  return from_bits(static_cast<int32_t>(static_cast<uint32_t>(value) << 16));
+}
+
+// Exact; of what processors might flush to zero, no float32 is made.
+GRPO_FAST_LOOP float from_float16(uint16_t value) {
+  const uint32_t size = value & 0x7fffu;
+  const uint32_t sign = (value & 0x8000u) << 16;
+  const uint32_t rebias = size >= 0x7c00u ? 224u << 23 : 112u << 23;  // infinities and NaN: 31 becomes 255
+  const uint32_t normal = (size << 13) + rebias;
+  const uint32_t subnormal = static_cast<uint32_t>(bits_of(static_cast<float>(static_cast<int32_t>(size)) * 0x1p-24f));
+  return from_bits(static_cast<int32_t>(sign | (size < 0x400u ? subnormal : normal)));
 }
 
 }  // namespace grpo_fast

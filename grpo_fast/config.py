@@ -44,7 +44,7 @@ IMPORTANCE_SAMPLING_LEVELS = get_args(_Level)
 KL_ESTIMATORS = get_args(_Estimator)
 BUILT_IN = tuple(parameter for loss in LOSSES.values() for parameter in loss.parameters)
 """Parameters that are fields of `LossConfig`; registered losses come later."""
-METRIC_GROUPS = ("clip_ratio", "completions", "eval", "ratio", "rewards", "sampling", "time")
+METRIC_GROUPS = ("clip_ratio", "completions", "eval", "ratio", "rewards", "sampling", "support", "time")
 """What metrics of every loss and of trainers begin with, before a slash: no names for losses."""
 DEFAULTS = {parameter.name: parameter.default for parameter in BUILT_IN}
 

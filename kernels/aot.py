@@ -36,6 +36,8 @@ MODULES: tuple[str, ...] = (
     "row_statistics",
     "row_gradient",
     "row_objective",
+    "sparse_rows",
+    "sparse_weight",
     "forward_logprobs",
     "group_advantages",
     "group_rows",

@@ -27,7 +27,7 @@ class RowLaunch:
     Attributes:
         lanes: a block is `[lanes, 4]` columns.
         num_warps: of a program; a thread has lanes / (32 num_warps) rows of four of each block.
-        programs: per multiprocessor.
+        programs: per multiprocessor; 0: one a row.
         origin: where the numbers come from.
     """
 
@@ -47,6 +47,40 @@ ROW_LAUNCHES: dict[int, list[tuple[int | None, RowLaunch]]] = {
     90: [(65536, _SHORT), (None, _LONG)],
     100: [(65536, _SHORT), (None, _LONG)],
 }
+
+
+@dataclass(frozen=True)
+class SparseLaunch:
+    """Launch of the kernels that gather rows of `[., H]` by index.
+
+    Attributes:
+        entries: of a support, or of an id, in one block.
+        columns: of H in one block, at most.
+        num_warps: of a program.
+        origin: where the numbers come from.
+    """
+
+    entries: int
+    columns: int
+    num_warps: int
+    origin: str = OCCUPANCY
+
+    def width(self, columns: int) -> int:
+        """Columns in one block for rows of `columns`: a power of two."""
+        return min(self.columns, max(16, 1 << (columns - 1).bit_length()))
+
+
+# Rows of their own lengths, one program a row on every architecture. A row must come out the same in every kernel, and
+# in every chunk: nothing of this may depend on other rows. A block of logits is 512, as many as most supports; one of
+# gathered rows 8 KB of bf16, 64 bytes a thread: with the five or six programs that registers leave a multiprocessor,
+# more in flight than its share of the memory's latency. Half of all supports have fewer than 8 tokens.
+SUPPORT_ROWS = RowLaunch(lanes=128, num_warps=4, programs=0, origin=OCCUPANCY)
+SPARSE_ROWS = SparseLaunch(entries=8, columns=512, num_warps=4)
+# An id's entries, for a block of columns. Some ids are in thousands of rows, and one program walks through them: more
+# entries and fewer columns than above.
+SPARSE_WEIGHT = SparseLaunch(entries=16, columns=256, num_warps=4)
+SPARSE_WEIGHT_PROGRAMS = 32
+"""Of a multiprocessor, over all blocks of columns; each walks over ids."""
 
 
 def architecture(device: torch.device) -> int:
@@ -69,6 +103,8 @@ def arches_of(launch: RowLaunch) -> tuple[int, ...]:
 
 def num_programs(launch: RowLaunch, num_rows: int, device: torch.device) -> int:
     """Programs that walk over the rows."""
+    if launch.programs == 0:
+        return num_rows
     if device.type != "cuda":
         return min(num_rows, INTERPRETED_PROGRAMS)
     return min(num_rows, launch.programs * torch.cuda.get_device_properties(device).multi_processor_count)

@@ -34,6 +34,13 @@ HOST = 150e-6
 PROGRAMS = 2
 """Of the row kernel, a multiprocessor."""
 
+L2_BANDWIDTH = 5.5e12
+"""Bytes/s from the L2 cache to all multiprocessors: published microbenchmarks of an H100, whose cache an H200 has."""
+ENTRIES_PER_ID = 8
+"""Of supports: entries of an id that occurs, on average, while there are ids enough. Text is not spread evenly."""
+SPARSE_LAUNCHES = 40
+"""Launches of a call on supports, most of them torch's: the split, the sort, the gathers of what a row has."""
+
 
 @dataclass(frozen=True)
 class Card:
@@ -138,6 +145,52 @@ def without_gradient(card: Card, width: int) -> float:
     return whole.floor / 3 / (whole.logits + rows.tiles * row_kernel(card, rows.tile, 4))
 
 
+# -- rows on supports -------------------------------------------------------------------------------------------------
+
+
+def gather(card: Card, entries: float, width: int, distinct: float) -> float:
+    """Seconds in which `entries` rows of `width` bf16 are read, of which `distinct` differ: L2 holds some of them."""
+    held = min(1.0, L2_KEPT * card.l2 / (distinct * 2 * width))
+    missed = max(distinct / entries, 1 - held)
+    return entries * 2 * width / STREAMING * max(missed / card.bandwidth, 1 / L2_BANDWIDTH)
+
+
+@dataclass(frozen=True)
+class SparseStep:
+    """Seconds of a call's parts on supports; `rows`: products, statistics, objective and dHidden, in one kernel."""
+
+    rows: float
+    grad_weight: float
+    zeroing: float
+    sorting: float
+    launches: float
+
+    @property
+    def total(self) -> float:
+        return self.rows + self.grad_weight + self.zeroing + self.sorting + self.launches
+
+
+def sparse_step(card: Card, width: int, mean: int) -> SparseStep:
+    """T rows of `mean` tokens, all sparse, bf16 with a gradient `[V, H]` of its own."""
+    entries = T * mean
+    ids = min(V, entries / ENTRIES_PER_ID)
+    again = entries * 2 * width / (STREAMING * L2_BANDWIDTH)
+    rows = gather(card, entries, width, ids) + again + 6 * T * width / card.bandwidth
+    grad_weight = gather(card, entries, width, T) + 4 * ids * width / (STREAMING * card.bandwidth)
+    # Keys and places, four digits of eight bits, read twice and written once; then what is gathered in their order.
+    sorting = entries * (4 * 3 * 12 + 40) / card.bandwidth
+    return SparseStep(rows, grad_weight, 2 * V * width / card.bandwidth, sorting, SPARSE_LAUNCHES * LAUNCH)
+
+
+def sparse_share(card: Card, width: int) -> float:
+    """A token of a large support over one of the vocabulary in a dense row, by time: V over the limit for sparse rows.
+
+    Nothing of the weight is in L2 when it is first read; the second read and the hidden states are.
+    """
+    entry = 2 * width / STREAMING * (1 / card.bandwidth + 2 / L2_BANDWIDTH)
+    return entry / (step(card, width, WORKSPACE).total / (T * V))
+
+
 # -- tables -----------------------------------------------------------------------------------------------------------
 
 
@@ -196,6 +249,29 @@ def other_table() -> str:
     return table("of its floor|" + "|".join(f"H = {width}" for width in WIDTHS), rows())
 
 
+def sparse_table() -> str:
+    """A step on supports of 8 and 64 tokens a row, beside the dense one."""
+
+    def rows() -> Iterator[list[str]]:
+        for card in CARDS:
+            for mean in (8, 64):
+                for width in WIDTHS:
+                    of, dense = sparse_step(card, width, mean), step(card, width, WORKSPACE).total
+                    parts = (of.rows, of.grad_weight, of.zeroing, of.sorting, of.launches, of.total)
+                    times = [f"{part * 1e3:.2f}" for part in parts]
+                    yield [card.name, f"{mean}", f"{width}", *times, _ms(dense), f"{of.total / dense:.3f}"]
+
+    return table("card|mean|H|rows|dWeight|zeroing|sort|launches|sum, ms|dense, ms|of dense", rows())
+
+
+def share_table() -> str:
+    def rows() -> Iterator[list[str]]:
+        for card in CARDS:
+            yield [card.name, *(f"{sparse_share(card, width):.0f}" for width in WIDTHS)]
+
+    return table("V over the limit|" + "|".join(f"H = {width}" for width in WIDTHS), rows())
+
+
 def cuda_table() -> str:
     """The CUDA kernels of csrc/, which read a row once where clusters hold it."""
 
@@ -211,5 +287,5 @@ def cuda_table() -> str:
 
 if __name__ == "__main__":
     print(
-        f"kernels/PREDICTIONS.md\n\n{row_table()}\n{step_table()}\n{other_table()}\ncsrc/PREDICTIONS.md\n\n{cuda_table()}"
+        f"kernels/PREDICTIONS.md\n\n{row_table()}\n{step_table()}\n{other_table()}\n{sparse_table()}\n{share_table()}\ncsrc/PREDICTIONS.md\n\n{cuda_table()}"
     )

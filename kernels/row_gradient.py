@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo_fast.kernels.configuration import Configuration
-from grpo_fast.kernels.row_sweeps import LOG2_E, row_gradient
+from grpo_fast.kernels.row_sweeps import LOG2_E, row_bias, row_gradient, row_place, row_scales
 from grpo_fast.kernels.rows import UNALIGNED, Rows, examples
 
 BYTES_PER_LOGIT = {"loads": 4, "stores": 2}
@@ -23,12 +23,13 @@ BYTES_PER_LOGIT = {"loads": 4, "stores": 2}
 
 @triton.jit(do_not_specialize=["num_rows", "vocab_start"], do_not_specialize_on_alignment=[*UNALIGNED, "g", "e"])
 def _row_gradient_kernel(
-    logits,  # [R, V]
-    row_stride,
-    dx,  # [R, V] out, perhaps over the logits
+    logits,  # [R, V], or [N] with offsets
+    row_stride,  # None with offsets, as num_columns is
+    offsets,  # [R + 1] int64 or None
+    dx,  # [R, V] (with offsets [N]) out, perhaps over the logits
     dx_stride,
     targets,  # [R] int64
-    bias,  # [V] or None
+    bias,  # [V], with offsets [N], or None
     row_temperature,  # [R] float32 or None
     lse,  # [R] float32
     entropy,  # [R] float32
@@ -45,23 +46,19 @@ def _row_gradient_kernel(
     LANES: tl.constexpr,
 ):
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
-        wide_row = tl.cast(row, tl.int64)
-        row_factor = factor
-        row_chain = chain
-        if row_temperature is not None:
-            temperature = tl.load(row_temperature + row)
-            row_factor = factor / temperature
-            row_chain = chain / temperature
+        start, columns = row_place(row, row_stride, offsets, num_columns)
+        dx_start, _ = row_place(row, dx_stride, offsets, num_columns)
+        row_factor, row_chain = row_scales(row, row_temperature, factor, chain)
         g_row = tl.load(g + row)
         e_row = 0.0
         if e is not None:
             e_row = tl.load(e + row)
         row_gradient(
-            logits + wide_row * row_stride,
-            dx + wide_row * dx_stride,
-            bias,
+            logits + start,
+            dx + dx_start,
+            row_bias(bias, start, offsets),
             tl.load(targets + row) - vocab_start,
-            num_columns,
+            columns,
             row_factor,
             cap_scale,
             row_chain,
@@ -87,7 +84,7 @@ def row_gradient_of(
     """
     arguments = {
         "dx": dx,
-        "dx_stride": dx.stride(0),
+        "dx_stride": rows.stride_of(dx),
         "lse": lse.float().contiguous(),
         "entropy": entropy.float().contiguous(),
         "g": g.float().contiguous(),
@@ -101,19 +98,20 @@ def row_gradient_of(
 def aot_configurations() -> Iterator[Configuration]:
     """Every launch of the table, apart and in place, the latter with an entropy gradient."""
     for example in examples():
-        for in_place in (False, True):
+        for entropy in (False, True):
+            in_place = entropy or example.rows.offsets is not None
             dx = example.dx()
             arguments = {name: example.per_row() for name in ("lse", "entropy", "g")} | {
                 "dx": dx,
-                "dx_stride": dx.stride(0),
-                "e": example.per_row() if in_place else None,
+                "dx_stride": example.rows.stride_of(dx),
+                "e": example.per_row() if entropy else None,
                 "vocab_start": 0,
                 "IN_PLACE": in_place,
             }
             yield Configuration.of_launch(
-                f"row_gradient, {example.label}{', in place, entropy' if in_place else ''}",
+                f"row_gradient, {example.label}{', in place, entropy' if entropy else ''}",
                 _row_gradient_kernel,
                 example.arguments() | arguments,
                 arches=example.arches,
-                sweep_bytes=6 if example.full else 4,
+                sweep_bytes=example.sweep_bytes,
             )

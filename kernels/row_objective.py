@@ -19,7 +19,7 @@ from torch import Tensor
 
 from grpo_fast.kernels.configuration import Configuration
 from grpo_fast.kernels.objective import CORRECTIONS, KL_ESTIMATORS, POLICIES, token_term
-from grpo_fast.kernels.row_sweeps import LN_2, row_gradient, row_statistics, target_u
+from grpo_fast.kernels.row_sweeps import row_bias, row_gradient, row_logprob, row_place, row_scales
 from grpo_fast.kernels.rows import UNALIGNED, Example, Rows, examples
 
 BYTES_PER_LOGIT = {"loads": 8, "stores": 2}
@@ -52,17 +52,68 @@ _NUMBERS = ("parameters", "entropy_gradient", "grad_scale")
 RESULTS = {"logprobs": torch.float32, "entropy": torch.float32, "live": torch.bool}
 
 
+@triton.jit
+def row_slopes(
+    row,
+    logprob,
+    row_entropy,
+    weights,
+    advantages,
+    old_logprobs,
+    ref_logprobs,
+    sampling_logprobs,
+    importance,
+    parameters,
+    entropy_gradient,
+    grad_scale,
+    logprobs,
+    entropy,
+    live,
+    POLICY: tl.constexpr,
+    KL: tl.constexpr,
+    KL_TIMES_RATIO: tl.constexpr,
+    CORRECTION: tl.constexpr,
+):
+    """(g, e) of a row, times `grad_scale`; writes its results."""
+    _, term_slope = token_term(
+        row,
+        logprob,
+        advantages,
+        old_logprobs,
+        ref_logprobs,
+        sampling_logprobs,
+        importance,
+        parameters,
+        POLICY,
+        KL,
+        KL_TIMES_RATIO,
+        CORRECTION,
+    )
+    g = tl.load(weights + row) * term_slope
+    e = 0.0
+    if entropy_gradient is not None:
+        e = tl.load(entropy_gradient)
+    tl.store(logprobs + row, logprob)
+    tl.store(entropy + row, row_entropy)
+    tl.store(live + row, (g != 0) | (e != 0))
+    if grad_scale is not None:
+        g *= tl.load(grad_scale)
+        e *= tl.load(grad_scale)
+    return g, e
+
+
 @triton.jit(
     do_not_specialize=["num_rows"],
     do_not_specialize_on_alignment=[*UNALIGNED, *_TOKENS, *_NUMBERS, "live"],
 )
 def _row_objective_kernel(
-    logits,  # [R, V]
-    row_stride,
-    dx,  # [R, V] out, perhaps over the logits
+    logits,  # [R, V], or [N] with offsets
+    row_stride,  # None with offsets, as num_columns is
+    offsets,  # [R + 1] int64 or None
+    dx,  # [R, V] (with offsets [N]) out, perhaps over the logits
     dx_stride,
     targets,  # [R] int64
-    bias,  # [V] or None
+    bias,  # [V], with offsets [N], or None
     row_temperature,  # [R] float32 or None
     weights,  # [R] float32
     advantages,  # [R] float32
@@ -90,53 +141,45 @@ def _row_objective_kernel(
     LANES: tl.constexpr,
 ):
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
-        wide_row = tl.cast(row, tl.int64)
-        x = logits + wide_row * row_stride
-        row_factor = factor
-        row_chain = chain
-        if row_temperature is not None:
-            temperature = tl.load(row_temperature + row)
-            row_factor = factor / temperature
-            row_chain = chain / temperature
-        highest, log_total, entropy2 = row_statistics(x, bias, num_columns, row_factor, cap_scale, TRANSFORM, LANES)
+        start, columns = row_place(row, row_stride, offsets, num_columns)
+        dx_start, _ = row_place(row, dx_stride, offsets, num_columns)
+        own_bias = row_bias(bias, start, offsets)
+        row_factor, row_chain = row_scales(row, row_temperature, factor, chain)
         target = tl.load(targets + row)
-        own = target_u(x, bias, target, num_columns, cap_scale, TRANSFORM)
-        logprob = ((own - highest) * row_factor - log_total) * LN_2
-        row_entropy = entropy2 * LN_2
-        _, term_slope = token_term(
+        logprob, row_entropy, lse2 = row_logprob(
+            logits + start, own_bias, target, columns, row_factor, cap_scale, TRANSFORM, LANES
+        )
+        g, e = row_slopes(
             row,
             logprob,
+            row_entropy,
+            weights,
             advantages,
             old_logprobs,
             ref_logprobs,
             sampling_logprobs,
             importance,
             parameters,
+            entropy_gradient,
+            grad_scale,
+            logprobs,
+            entropy,
+            live,
             POLICY,
             KL,
             KL_TIMES_RATIO,
             CORRECTION,
         )
-        g = tl.load(weights + row) * term_slope
-        e = 0.0
-        if entropy_gradient is not None:
-            e = tl.load(entropy_gradient)
-        tl.store(logprobs + row, logprob)
-        tl.store(entropy + row, row_entropy)
-        tl.store(live + row, (g != 0) | (e != 0))
-        if grad_scale is not None:
-            g *= tl.load(grad_scale)
-            e *= tl.load(grad_scale)
         row_gradient(
-            x,
-            dx + wide_row * dx_stride,
-            bias,
+            logits + start,
+            dx + dx_start,
+            own_bias,
             target,
-            num_columns,
+            columns,
             row_factor,
             cap_scale,
             row_chain,
-            highest * row_factor + log_total,
+            lse2,
             row_entropy,
             g,
             e,
@@ -171,7 +214,7 @@ def row_objective_of(
     written = rows.results(results, RESULTS)
     arguments = {
         "dx": dx,
-        "dx_stride": dx.stride(0),
+        "dx_stride": rows.stride_of(dx),
         "parameters": objective.parameters,
         "entropy_gradient": entropy_gradient,
         "grad_scale": grad_scale,
@@ -203,7 +246,7 @@ def _example_launch(example: Example, variant: int, *, in_place: bool) -> Config
     results = {name: example.per_row(dtype) for name, dtype in RESULTS.items()}
     arguments = {name: example.per_row() if name in given else None for name in _OPTIONAL} | {
         "dx": dx,
-        "dx_stride": dx.stride(0),
+        "dx_stride": example.rows.stride_of(dx),
         "weights": example.per_row(),
         "advantages": example.per_row(),
         "parameters": example.per_row(),
@@ -218,14 +261,15 @@ def _example_launch(example: Example, variant: int, *, in_place: bool) -> Config
         _row_objective_kernel,
         example.arguments() | results | arguments,
         arches=example.arches,
-        sweep_bytes=6 if example.full else 4,
+        sweep_bytes=example.sweep_bytes,
     )
 
 
 def aot_configurations() -> Iterator[Configuration]:
     """Every launch of the table with the plain objective and with the one that keeps most; each objective once."""
     for example in examples():
-        yield _example_launch(example, 3 if example.full else 0, in_place=example.full)
+        in_place = example.full or example.rows.offsets is not None
+        yield _example_launch(example, 3 if example.full else 0, in_place=in_place)
         if not example.full and example.launch.lanes == 512:
             for variant in range(1, len(_VARIANTS)):
                 yield _example_launch(example, variant, in_place=False)

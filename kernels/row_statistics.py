@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from grpo_fast.kernels.configuration import Configuration
-from grpo_fast.kernels.row_sweeps import LN_2, row_statistics, target_u
+from grpo_fast.kernels.row_sweeps import LN_2, row_bias, row_logprob, row_place, row_scales
 from grpo_fast.kernels.rows import UNALIGNED, Rows, examples
 
 BYTES_PER_LOGIT = {"loads": 4, "stores": 0}
@@ -24,10 +24,11 @@ RESULTS = {"logprobs": torch.float32, "entropy": torch.float32, "lse": torch.flo
 
 @triton.jit(do_not_specialize=["num_rows"], do_not_specialize_on_alignment=UNALIGNED)
 def _row_statistics_kernel(
-    logits,  # [R, V]
-    row_stride,
+    logits,  # [R, V], or [N] with offsets
+    row_stride,  # None with offsets, as num_columns is
+    offsets,  # [R + 1] int64 or None
     targets,  # [R] int64
-    bias,  # [V] or None
+    bias,  # [V], with offsets [N], or None
     row_temperature,  # [R] float32 or None
     logprobs,  # [R] float32, out
     entropy,  # [R] float32, out
@@ -41,15 +42,21 @@ def _row_statistics_kernel(
     LANES: tl.constexpr,
 ):
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
-        x = logits + tl.cast(row, tl.int64) * row_stride
-        row_factor = factor
-        if row_temperature is not None:
-            row_factor = factor / tl.load(row_temperature + row)
-        highest, log_total, entropy2 = row_statistics(x, bias, num_columns, row_factor, cap_scale, TRANSFORM, LANES)
-        own = target_u(x, bias, tl.load(targets + row), num_columns, cap_scale, TRANSFORM)
-        tl.store(logprobs + row, ((own - highest) * row_factor - log_total) * LN_2)
-        tl.store(entropy + row, entropy2 * LN_2)
-        tl.store(lse + row, (highest * row_factor + log_total) * LN_2)
+        start, columns = row_place(row, row_stride, offsets, num_columns)
+        row_factor, _ = row_scales(row, row_temperature, factor, chain)
+        logprob, row_entropy, lse2 = row_logprob(
+            logits + start,
+            row_bias(bias, start, offsets),
+            tl.load(targets + row),
+            columns,
+            row_factor,
+            cap_scale,
+            TRANSFORM,
+            LANES,
+        )
+        tl.store(logprobs + row, logprob)
+        tl.store(entropy + row, row_entropy)
+        tl.store(lse + row, lse2 * LN_2)
 
 
 def row_statistics_of(rows: Rows, out: Sequence[Tensor] | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -72,5 +79,5 @@ def aot_configurations() -> Iterator[Configuration]:
             _row_statistics_kernel,
             example.arguments() | results,
             arches=example.arches,
-            sweep_bytes=6 if example.full else 4,
+            sweep_bytes=example.sweep_bytes,
         )

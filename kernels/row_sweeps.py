@@ -117,6 +117,35 @@ def row_statistics(x, bias, num_columns, factor, cap_scale, TRANSFORM: tl.conste
 
 
 @triton.jit
+def row_place(row, row_stride, offsets, num_columns):
+    """(first element, columns) of a row: of a matrix's, or with offsets of one that has a length of its own."""
+    if offsets is None:
+        return tl.cast(row, tl.int64) * row_stride, num_columns
+    else:
+        start = tl.load(offsets + row)
+        return start, (tl.load(offsets + row + 1) - start).to(tl.int32)
+
+
+@triton.jit
+def row_bias(bias, start, offsets):
+    """A row's bias: every row's, or with offsets its own."""
+    if (bias is None) or (offsets is None):
+        return bias
+    else:
+        return bias + start
+
+
+@triton.jit
+def row_scales(row, row_temperature, factor, chain):
+    """(factor, chain) of a row."""
+    if row_temperature is None:
+        return factor, chain
+    else:
+        temperature = tl.load(row_temperature + row)
+        return factor / temperature, chain / temperature
+
+
+@triton.jit
 def target_u(x, bias, column, num_columns, cap_scale, TRANSFORM: tl.constexpr):
     """u of one column; NaN of one that the row does not have."""
     inside = (column >= 0) & (column < num_columns)
@@ -124,6 +153,14 @@ def target_u(x, bias, column, num_columns, cap_scale, TRANSFORM: tl.constexpr):
     if bias is not None:
         u += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
     return _transform(u, cap_scale, TRANSFORM)
+
+
+@triton.jit
+def row_logprob(x, bias, target, num_columns, factor, cap_scale, TRANSFORM: tl.constexpr, LANES: tl.constexpr):
+    """(logprob of the target, entropy, lse times log2 e) of a row, sweep 1: the same bits in every kernel."""
+    highest, log_total, entropy2 = row_statistics(x, bias, num_columns, factor, cap_scale, TRANSFORM, LANES)
+    own = target_u(x, bias, target, num_columns, cap_scale, TRANSFORM)
+    return ((own - highest) * factor - log_total) * LN_2, entropy2 * LN_2, highest * factor + log_total
 
 
 @triton.jit

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from grpo_fast.kernels import launcher
+from grpo_fast.kernels.configuration import ARCHES
 from grpo_fast.kernels.launch_table import (
     ROW_LAUNCHES,
+    SUPPORT_ROWS,
     RowLaunch,
     arches_of,
     architecture,
@@ -22,18 +24,20 @@ from grpo_fast.kernels.launch_table import (
 
 # What has one number a row is a slice of a longer tensor, wherever its chunk begins, and is read and written one number
 # at a time: its alignment is nothing to compile for.
-UNALIGNED = ("targets", "row_temperature", "logprobs", "entropy", "lse")
+UNALIGNED = ("targets", "offsets", "row_temperature", "logprobs", "entropy", "lse")
 
 
 @dataclass(frozen=True)
 class Rows:
-    """R rows of V raw products, what each is for, and the way from raw products to logits.
+    """R rows of V raw products, or each of its own length, what each is for, and the way from raw products to logits.
 
     Attributes:
         logits: `[R, V]` float32, bf16 or fp16, columns contiguous; 16-byte accesses where the row stride allows them.
-        targets: `[R]` int64. Columns outside `[0, V)` have no logprob.
-        bias: `[V]` or None.
+            With offsets `[N]`, row after row.
+        targets: `[R]` int64, columns. Those outside the row have no logprob.
+        bias: `[V]`, with offsets `[N]`, or None.
         temperature: a float, or `[R]` float32.
+        offsets: `[R+1]` int64: row t is `logits[offsets[t]:offsets[t + 1]]`. Or None.
     """
 
     logits: Tensor
@@ -42,28 +46,38 @@ class Rows:
     logit_scale: float = 1.0
     softcap: float | None = None
     temperature: float | Tensor = 1.0
+    offsets: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.logits.dim() != 2 or self.logits.stride(1) != 1:
+        dims, shape = (2, "[R, V] with contiguous columns") if self.offsets is None else (1, "[N], contiguous")
+        if self.logits.dim() != dims or self.logits.stride(-1) != 1:
             raise ValueError(
-                "logits: expected [R, V] with contiguous columns; got shape "
-                f"{list(self.logits.shape)}, strides {list(self.logits.stride())}"
+                f"logits: expected {shape}; got shape {list(self.logits.shape)}, strides {list(self.logits.stride())}"
             )
+        if self.offsets is not None and (self.offsets.dtype != torch.int64 or not self.offsets.is_contiguous()):
+            raise ValueError(f"offsets: expected [R+1] int64, contiguous; got {self.offsets.dtype}")
 
     @property
     def num_rows(self) -> int:
-        return self.logits.shape[0]
+        return self.targets.shape[0]
 
     @property
-    def num_columns(self) -> int:
-        return self.logits.shape[1]
+    def num_columns(self) -> int | None:
+        """V; None where each row has its own."""
+        return self.logits.shape[1] if self.offsets is None else None
+
+    @property
+    def launch(self) -> RowLaunch:
+        """By the table."""
+        if self.num_columns is None:
+            return SUPPORT_ROWS
+        return row_launch(self.num_columns, architecture(self.logits.device))
 
     def run(self, kernel: Any, arguments: Mapping[str, Any]) -> None:
         """Launch a row kernel with what it is told besides `self.arguments`; where there are no rows, nothing."""
         if self.num_rows == 0:
             return
-        device = self.logits.device
-        launch = row_launch(self.num_columns, architecture(device))
+        device, launch = self.logits.device, self.launch
         grid = (num_programs(launch, self.num_rows, device),)
         launcher.launch(kernel, grid, {**self.arguments(launch), **arguments}, device)
 
@@ -92,7 +106,8 @@ class Rows:
         plain = "negate" if self.logit_scale < 0 else "none"
         return {
             "logits": self.logits,
-            "row_stride": self.logits.stride(0),
+            "row_stride": self.stride_of(self.logits),
+            "offsets": self.offsets,
             "targets": self.targets.contiguous(),
             "bias": None if self.bias is None else self.bias.contiguous(),
             "row_temperature": self.row_temperature(),
@@ -105,6 +120,10 @@ class Rows:
             "LANES": launch.lanes,
             "num_warps": launch.num_warps,
         }
+
+    def stride_of(self, tensor: Tensor) -> int | None:
+        """Elements from one row of `[R, V]` to the next, as kernels read it; None where rows have offsets."""
+        return tensor.stride(0) if self.offsets is None else None
 
     def dx(self, dtype: torch.dtype) -> Tensor:
         """`dx_over` these logits."""
@@ -134,12 +153,21 @@ class Example:
     launch: RowLaunch
     arches: tuple[int, ...]
 
+    @property
+    def sweep_bytes(self) -> int | None:
+        """Bytes that a sweep loads for a logit; None where rows begin anywhere and threads load numbers one by one."""
+        if self.rows.offsets is not None:
+            return None
+        return 6 if self.full else 4
+
     def per_row(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """`[R]`."""
         return torch.empty(self.rows.num_rows, dtype=dtype, device="meta")
 
     def dx(self) -> Tensor:
-        """`[R, V]` bf16."""
+        """`[R, V]` bf16; with offsets the logits."""
+        if self.rows.offsets is not None:
+            return self.rows.logits
         return torch.empty(self.rows.num_rows, self.rows.logits.stride(0), dtype=torch.bfloat16, device="meta")
 
     def arguments(self) -> dict[str, Any]:
@@ -151,14 +179,22 @@ def examples() -> Iterator[Example]:
     launches = {launch: most or 151936 for table in ROW_LAUNCHES.values() for most, launch in table}
     for launch, vocab in launches.items():
         for full in (False, True):
-            targets = torch.empty(64, dtype=torch.int64, device="meta")
-            logits = torch.empty(64, vocab, device="meta")
-            rows = Rows(logits, targets)
-            if full:
-                bias, temperature = (
-                    torch.empty(vocab, dtype=torch.bfloat16, device="meta"),
-                    torch.empty(64, device="meta"),
-                )
-                rows = Rows(logits, targets, bias, softcap=30.0, temperature=temperature)
-            label = f"lanes {launch.lanes}{', bias, soft cap, row temperatures' if full else ''}"
-            yield Example(label, rows, full, launch, arches_of(launch))
+            yield _example(torch.empty(64, vocab, device="meta"), full, launch, arches_of(launch))
+    for full in (False, True):
+        yield support_example(full)
+
+
+def support_example(full: bool) -> Example:
+    """Rows of their own lengths."""
+    return _example(torch.empty(4096, device="meta"), full, SUPPORT_ROWS, ARCHES)
+
+
+def _example(logits: Tensor, full: bool, launch: RowLaunch, arches: tuple[int, ...]) -> Example:
+    targets = torch.empty(64, dtype=torch.int64, device="meta")
+    bias = torch.empty(logits.shape[-1], dtype=torch.bfloat16, device="meta") if full else None
+    options = {"softcap": 30.0, "temperature": torch.empty(64, device="meta")} if full else {}
+    supports = logits.dim() == 1
+    offsets = torch.empty(65, dtype=torch.int64, device="meta") if supports else None
+    label = "supports" if supports else f"lanes {launch.lanes}"
+    label += ", bias, soft cap, row temperatures" if full else ""
+    return Example(label, Rows(logits, targets, bias, offsets=offsets, **options), full, launch, arches)

@@ -131,6 +131,9 @@ WRITTEN = {
     "rows",
     "num_active",
     "tensor",
+    "products",
+    "grad_hidden",
+    "out",
 }
 """Arguments of Triton kernels that some kernel writes."""
 
@@ -330,6 +333,8 @@ def _hear_launches(patch: pytest.MonkeyPatch, device: StandIn) -> None:
         row_objective,
         row_statistics,
         scale,
+        sparse_rows,
+        sparse_weight,
     )
 
     launch = launcher.launch

@@ -10,6 +10,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from grpo_fast.packing import Support
 from grpo_fast.trainer.attention import NAME, PackLayout, attention_set_to, register
 from grpo_fast.trainer.batch import Experience, MicroBatch, bounds, build_microbatches, move_together
 from tests import tiny
@@ -32,6 +33,12 @@ def data() -> Experience:
         advantages=torch.arange(12.0),
         in_loss=torch.arange(12) % 3 != 0,
     )
+
+
+def supports() -> Support:
+    """Of all tokens, 0 to 4 words each."""
+    sizes = torch.arange(sum(COMPLETIONS)) * 3 % 5
+    return Support(torch.arange(int(sizes.sum()), dtype=torch.int32), bounds(sizes.tolist()))
 
 
 def build(data: Experience, numbers, max_tokens: int):
@@ -98,6 +105,22 @@ def test_masks_and_tensors(data):
         assert torch.equal(again.tensors()[name], value)
 
 
+def test_supports_go_with_their_tokens(data):
+    assert all(pack.support is None for pack in build(data, range(12), 20))
+    data.support = supports()
+    again = Experience.from_tensors({name: value.clone() for name, value in data.tensors().items()}).support
+    assert (again.token_ids.dtype, again.offsets.dtype) == (torch.int32, torch.int64)
+    assert torch.equal(again.token_ids, data.support.token_ids)
+    assert torch.equal(again.offsets, data.support.offsets)
+    packs = build(data, [0, 2, 3, 5, 8, 11], 20)
+    assert len(packs) > 1
+    for pack in packs:
+        assert pack.support.num_rows == pack.num_rows
+        for row, number in enumerate(pack.token_index.tolist()):
+            words, expected = (s[n : n + 1].token_ids for s, n in ((pack.support, row), (data.support, number)))
+            assert words.tolist() == expected.tolist()
+
+
 # -- what crosses to a device, with the meta device for a GPU ---------------------------------------------------------
 
 META = torch.device("meta")
@@ -140,6 +163,8 @@ def tensors_of(pack: MicroBatch) -> dict[str, torch.Tensor]:
     own = {item.name: getattr(pack, item.name) for item in dataclasses.fields(pack)}
     on_device = {name: value for name, value in own.items() if isinstance(value, torch.Tensor)}
     del on_device["completions"], on_device["token_index"]
+    if pack.support is not None:
+        on_device |= {"support ids": pack.support.token_ids, "support offsets": pack.support.offsets}
     return on_device | {f"layout/{name}": value for name, value in pack.layout.tensors().items()}
 
 
@@ -153,6 +178,7 @@ def as_copied(view: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 def test_a_pack_crosses_to_the_device_in_one_copy(data, implementation):
     """And its rows' numbers in another; what arrives is bit for bit what a CPU works with."""
     data.old_logprobs = torch.rand(sum(COMPLETIONS))
+    data.support = supports()
     (expected,) = build_microbatches(data, range(12), max_tokens=1000, implementation=implementation, device=CPU)
     with Traffic() as traffic:
         (pack,) = build_microbatches(data, range(12), max_tokens=1000, implementation=implementation, device=META)
@@ -162,7 +188,7 @@ def test_a_pack_crosses_to_the_device_in_one_copy(data, implementation):
     assert all(keywords["non_blocking"] for _, keywords in traffic.copies)
     moved, wanted = tensors_of(pack), tensors_of(expected)
     assert moved.keys() == wanted.keys()
-    assert len(moved) == (10 if implementation == "sdpa" else 11)
+    assert len(moved) == (12 if implementation == "sdpa" else 13)
     for name, value in moved.items():
         assert value.device == META, name
         assert value.storage_offset() * value.element_size() % 16 == 0, name

@@ -28,6 +28,7 @@ from benchmarks.cases import (
 from benchmarks.machine import PeakMemory
 from benchmarks.measure import Entry, Measurement
 from benchmarks.oracle import FLOORS, SampledRows, check_small, small_case, small_errors
+from benchmarks.supports import mask_of
 from grpo_fast.loss import LossConfig
 
 TINY = Case(Model("tiny", 32, 500), 64, SCENARIOS["full"], sequences=8)
@@ -164,7 +165,7 @@ def test_flops() -> None:
         "kl": 3,
         "entropy_bonus": 3,
         "ragged": 3,
-    }
+    } | {name: 3 for name in SCENARIOS if name.startswith("support")}
     cases = {name: Case(MODELS["SmolLM2-135M"], 2048, scenario) for name, scenario in SCENARIOS.items()}
     assert {name: case.flops / one for name, case in cases.items()} == products
 
@@ -187,9 +188,11 @@ def test_inputs_are_realistic(scenario: Any) -> None:
     assert (len(set(case.lengths)) > 1) == scenario.ragged
     logits = batch.hidden.detach().float() @ batch.weight.detach().float().T
     assert logits.std().item() == pytest.approx(2.5, rel=0.05)
+    if batch.support is not None:
+        logits = logits.masked_fill(~mask_of(batch.support, 2000), -math.inf)
     entropy = torch.distributions.Categorical(logits=logits).entropy()
     assert -batch.logprobs.mean().item() == pytest.approx(
-        entropy.mean().item(), rel=0.1
+        entropy.mean().item(), rel=0.1, abs=0.03
     )  # as of tokens drawn from the model
     active = (batch.advantages != 0).repeat_interleave(batch.cu_seqlens.diff()).sum()
     assert active == case.active_tokens
@@ -210,7 +213,7 @@ def test_the_padded_layout_holds_the_same_tokens(scenario: str) -> None:
 
 def test_the_quick_selection() -> None:
     quick = {case.name for case in loss_cases("cpu") if is_quick(case)}
-    scenarios = ("full", "half", "frozen_head", "no_grad", "gspo", "kl", "entropy_bonus")
+    scenarios = ("full", "half", "frozen_head", "no_grad", "gspo", "kl", "entropy_bonus", "support8")
     assert quick == {"Qwen3-0.6B-T1024-full", *(f"SmolLM2-135M-T2048-{name}" for name in scenarios)}
 
 
@@ -335,7 +338,8 @@ def _grown(record: dict[str, Any], axis: str, case: Case) -> dict[str, Any]:
 
 
 def test_report(record: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    grown = [_grown(record, axis, case) for axis, cases in growth_cases().items() for case in cases]
+    axes = {axis: cases for axis, cases in growth_cases().items() if not axis.startswith("support")}
+    grown = [_grown(record, axis, case) for axis, cases in axes.items() for case in cases]
     paths = [_file(tmp_path / "steps.json", [record]), _file(tmp_path / "growth.json", grown)]
     report.main([*map(str, paths), "--out", str(tmp_path / "out")])
     assert len(capsys.readouterr().out.splitlines()) == 3

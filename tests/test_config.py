@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from grpo_fast.config import LossConfig
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.errors import ConfigError
 from grpo_fast.trainer.recipe import (
@@ -53,6 +54,36 @@ def test_yaml_gives_the_config_back(recipe, tmp_path):
     assert load_config(again, ["rollout.temperature=0.5"]).loss.temperature == 0.5
 
 
+@pytest.mark.parametrize("text", ["off", "'off'", "false"])
+def test_supports_are_switched_off_by_a_bare_off(recipe, tmp_path, text):
+    """Which YAML takes for False."""
+    recipe.write_text(BASE + "loss: {support: " + text + "}")
+    config = load_config(recipe, ["rollout.top_p=0.9"])
+    assert config.loss.support == load_config(recipe, [f"loss.support={text}"]).loss.support == "off"
+    assert not config.records_support
+    again = tmp_path / "again.yaml"
+    again.write_text(to_yaml(config))
+    assert load_config(again) == config
+    # The loss itself has no such option.
+    assert LossConfig.from_key(config.loss.key).key == config.loss.key == LossConfig(max_completion_length=256).key
+
+
+@pytest.mark.parametrize(
+    ("options", "cuts"),
+    [
+        ([], False),
+        (["top_p=0.9"], True),
+        (["top_k=5"], True),
+        (["min_p=0.1"], True),
+        (["min_p=0.0", "top_k=0", "top_p=1.0", "repetition_penalty=1.2", "temperature=0.5"], False),
+    ],
+)
+def test_supports_are_recorded_where_the_sampler_cuts(recipe, options, cuts):
+    config = load_config(recipe, [f"rollout.{option}" for option in options])
+    assert config.loss.support == "auto"
+    assert config.records_support == cuts
+
+
 def test_the_loss_follows_the_rollout(recipe):
     config = load_config(recipe, ["rollout.temperature=0.7", "rollout.max_completion_length=99"])
     assert (config.loss.temperature, config.loss.max_completion_length) == (0.7, 99)
@@ -73,6 +104,8 @@ def test_the_loss_follows_the_rollout(recipe):
         (["loss.loss_type=ppo"], "^loss.loss_type: expected one of grpo, .*; got 'ppo'"),
         (["loss.loss_type=cispo"], "^loss.epsilon_high: expected a number, as cispo bounds the ratio by it"),
         (["loss.loss_type=null"], "loss.loss_type"),
+        (["loss.support=on"], "^loss.support: expected one of auto, off; got 'True'"),
+        (["loss.support=some"], "^loss.support: expected one of auto, off; got 'some'"),
         (["loss.temperature=2"], r"loss.temperature: expected rollout.temperature \(1.0\)"),
         (["model.dtype=float16"], "model.dtype: expected one of bfloat16, float32; got 'float16'"),
         (["model=3"], "expected|subclass"),

@@ -28,7 +28,7 @@ from grpo_fast.objectives import Tokens, importance_weight, kernel_objective, ob
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 TEST_SOURCES = ["tests/main.cpp", *sorted(f"tests/{path.name}" for path in (CSRC / "tests").glob("test_*.cpp"))]
-SOURCES = ["group_cpu.cpp", "row_cpu.cpp"]
+SOURCES = ["group_cpu.cpp", "row_cpu.cpp", "sparse_cpu.cpp"]
 STAND_IN = ["-DGRPO_FAST_STAND_IN_LIBRARY"]
 WARNINGS = ["-std=c++17", "-Wall", "-Wextra", "-Werror"]
 SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-O1", "-g"]

@@ -21,6 +21,7 @@ pytest.importorskip("transformers")
 from grpo_fast.config import LossConfig
 from grpo_fast.integrations.lm_head import Objective, fuse_lm_head
 from grpo_fast.loss import policy_loss
+from grpo_fast.packing import Support
 
 COMPLETION = 5
 REPO = Path(__file__).resolve().parent.parent
@@ -95,6 +96,47 @@ def test_the_loss_of_an_objective() -> None:
         assert rel_rms(mine.grad, other[1].grad) < 1e-4, name
 
 
+@pytest.mark.parametrize("rows", [9, 8, 6], ids=["as labels", "as targets", "of the completion"])
+def test_on_supports(rows: int) -> None:
+    """Labels' supports, or the last of them: log-probabilities, loss and gradients are those of masked logits."""
+    data = batch()
+    mask = data["labels"] != -100
+    kept = torch.rand(4, 9, tiny.VOCAB_SIZE, generator=torch.Generator().manual_seed(3)) < 0.2
+    kept.scatter_(-1, data["input_ids"].unsqueeze(-1), True)
+    kept[0, 5] = True  # the whole vocabulary
+    support = Support.from_mask(kept[:, -rows:])
+    fused, plain = tiny.model().train(), tiny.model().train()
+    fuse_lm_head(fused, temperature=0.7)
+    logits = plain(input_ids=data["input_ids"], attention_mask=data["attention_mask"]).logits[:, :-1] / 0.7
+    everything = logits.masked_fill(~kept[:, 1:], -torch.inf).log_softmax(-1)
+    logprobs = everything.gather(-1, data["input_ids"][:, 1:].unsqueeze(-1)).squeeze(-1) * mask[:, 1:]
+    entropy = -(everything.exp() * everything.masked_fill(~kept[:, 1:], 0.0)).sum(-1) * mask[:, 1:]
+    out = fused(**data, fused_lm_head=True, support=support)
+    assert rel_rms(out.log_probs.detach(), logprobs.detach()) < 1e-5
+    assert rel_rms(out.entropy.detach(), entropy.detach()) < 1e-5
+    advantages, config = torch.tensor([1.0, -0.5, 0.3, -1.0]), LossConfig(temperature=0.7)
+    objective = Objective(advantages, mask[:, -COMPLETION:], config=config, normalizer=11.0)
+    loss = fused(**data, fused_lm_head=objective, support=support).loss
+    expected = policy_loss(
+        logprobs[:, -COMPLETION:], advantages, loss_mask=mask[:, -COMPLETION:], config=config, normalizer=11.0
+    ).loss
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    (loss + out.log_probs.sum() + 0.3 * out.entropy.sum()).backward()
+    (expected + logprobs.sum() + 0.3 * entropy.sum()).backward()
+    for (name, mine), other in zip(fused.named_parameters(), plain.parameters(), strict=True):
+        assert rel_rms(mine.grad, other.grad) < 1e-4, name
+    with torch.no_grad():
+        shifted = {name: data[name] for name in ("input_ids", "attention_mask")}
+        shift = F.pad(data["labels"][:, 1:], (0, 1), value=-100)
+        ahead = Support.from_mask(F.pad(kept[:, 1:], (0, 0, 0, 1)))
+        again = fused(**shifted, shift_labels=shift, fused_lm_head=True, support=ahead)
+    assert torch.equal(again.log_probs[:, :-1], out.log_probs)
+    with pytest.raises(ValueError, match="support: expected as many rows for each of 4 sequences; got 7"):
+        fused(**data, fused_lm_head=True, support=support[:7])
+    with pytest.raises(ValueError, match="support: expected None without fused_lm_head"):
+        fused(**data, support=support)
+
+
 def test_generation_still_works() -> None:
     fused, plain = tiny.model(), tiny.model()
     fuse_lm_head(fused)
@@ -139,8 +181,12 @@ def _check_gradients(rank: int, mode: str) -> None:
         mine = {name: values[part] for name, values in data.items()}
         mask = mine["labels"][:, -COMPLETION:] != -100
         objective = Objective(advantages[part], mask, config=LossConfig(), normalizer=10.0)
-        total = model(**mine, fused_lm_head=objective).loss
-        return total if mode == "ddp" else total + 0.1 * model(**mine, fused_lm_head=True).log_probs.sum()
+        kept = (mine["input_ids"].unsqueeze(-1) + torch.arange(3)) % tiny.VOCAB_SIZE
+        support = Support.from_padded(kept[:, -COMPLETION:])
+        if mode == "ddp":
+            return model(**mine, fused_lm_head=objective, support=support).loss
+        scores = model(**mine, fused_lm_head=True, support=support).log_probs
+        return model(**mine, fused_lm_head=objective).loss + 0.1 * scores.sum()
 
     ((loss(plain, slice(0, 2)) + loss(plain, slice(2, 4))) / 2).backward()
     wrapped = _wrapped(model, mode)

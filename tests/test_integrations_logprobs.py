@@ -323,6 +323,50 @@ def test_verl_fused_head(temperature: float) -> None:
         assert ((mine - other).norm() / other.norm()).item() < 1e-5
 
 
+def test_verl_supports() -> None:
+    """verl's layout, padding removed and labels rolled: responses are scored on their supports, prompts not at all."""
+    gen = torch.Generator().manual_seed(0)
+    prompt, response, vocab = 3, 4, 50
+    input_ids = torch.randint(0, vocab, (2, prompt + response), generator=gen)
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]])  # prompts end, and responses begin, at 3
+    kept = [[{int(input_ids[b, prompt + r]), 1, 7 + r, 30 + b} for r in range(response)] for b in range(2)]
+    kept[0][2] = set()  # drawn from the whole vocabulary
+    ids = torch.full((2, response, 5), -1, dtype=torch.int32)
+    for b in range(2):
+        for r in range(response):
+            ids[b, r, : len(kept[b][r])] = torch.tensor(sorted(kept[b][r]), dtype=torch.int32)
+    tokens = input_ids[mask.bool()]
+    hidden, weight = (torch.randn(n, 16, generator=gen).requires_grad_() for n in (len(tokens), vocab))
+    head, labels = verl.FusedLinearForPPO(), tokens.roll(-1).unsqueeze(0)
+    with verl.on_support(verl.packed_support(ids, tokens, mask)):
+        logprobs, entropy = head(hidden.unsqueeze(0), weight, labels, 0.7)
+    places = mask.nonzero()[:, 1] - prompt
+    owners = mask.nonzero()[:, 0]
+    scores = (hidden.double() @ weight.double().t()) / 0.7
+    expected = []
+    for t in range(len(tokens)):
+        b, r = int(owners[(t + 1) % len(tokens)]), int(places[(t + 1) % len(tokens)])
+        if r < 0:
+            expected.append(0 * scores[t, 0])
+            assert entropy[0, t] == logprobs[0, t] == 0
+            continue
+        allowed = torch.tensor(sorted(kept[b][r]) or list(range(vocab)))
+        expected.append(scores[t, tokens[(t + 1) % len(tokens)]] - scores[t, allowed].logsumexp(0))
+    wanted = torch.stack(expected)
+    assert (wanted != 0).sum() == 6
+    torch.testing.assert_close(logprobs[0].double(), wanted, rtol=1e-5, atol=1e-6)
+    mine = torch.autograd.grad(logprobs.square().sum(), (hidden, weight))
+    for got, want in zip(mine, torch.autograd.grad(wanted.square().sum(), (hidden, weight)), strict=True):
+        assert ((got - want).norm() / want.norm()).item() < 1e-5
+    whole = head(hidden.unsqueeze(0), weight, labels, 0.7)[0]
+    assert (whole[0] < -0.1).all(), "without the block the head is over the whole vocabulary again"
+    with pytest.raises(ValueError, match=r"ids, tokens: expected \[B, R, K\]"):
+        verl.packed_support(ids, tokens[1:], mask)
+    moved = verl.packed_support(ids.roll(1, 0), tokens, mask)
+    with verl.on_support(moved), pytest.raises(ValueError, match="support: expected the target"):
+        head(hidden.unsqueeze(0), weight, labels, 0.7)
+
+
 # -- versions ---------------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ import ast
 import importlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,19 +31,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor  # noqa: E402
 from grpo_fast.kernels import (  # noqa: E402
     aot,
     forward_logprobs,
-    group_advantages,
-    group_rows,
     row_gradient,
     row_objective,
     row_statistics,
+    sparse_rows,
+    sparse_weight,
 )
 from grpo_fast.kernels.configuration import Configuration  # noqa: E402
-from grpo_fast.kernels.objective import PARAMETERS, POLICIES  # noqa: E402
-from grpo_fast.kernels.rows import Rows  # noqa: E402
-from grpo_fast.kernels.scale import scale_unless_one  # noqa: E402
 from tests.cards import CARD, card  # noqa: E402
+from tests.launch_sites import HIDDEN, MULTIPROCESSORS, N_IDS, SITES, TOKENS, R, gathers, rows, supports  # noqa: E402
 
-MULTIPROCESSORS = 132
 OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion"}
 
 
@@ -90,360 +87,6 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Launch]]:
 
 
 # -- the launch sites -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Expected:
-    """A launch. Tensors as "dtype[shape]"; what `aligned` and `constants` do not name is not specialised on."""
-
-    kernel: str
-    grid: tuple[int, ...]
-    arguments: dict[str, object]
-    aligned: set[str] = field(default_factory=set)
-    constants: set[str] = field(default_factory=set)
-
-
-R, V = 300, 1000
-PITCH = 1024
-TOKENS = ("weights", "advantages", "old_logprobs", "ref_logprobs", "sampling_logprobs", "importance")
-FLOATS = f"float32[{R}]"
-ROWS = {
-    "logits": f"float32[{R}, {V}]",
-    "row_stride": PITCH,
-    "targets": f"int64[{R}]",
-    "num_rows": R,
-    "num_columns": V,
-    "factor": 1 / 0.7 / 0.6931471805599453,
-    "cap_scale": 0.0,
-    "chain": 1 / 0.7,
-    "TRANSFORM": "none",
-    "LANES": 512,
-}
-NO_OPTIONS = {"bias": None, "row_temperature": None}
-RESULTS = {"logprobs": FLOATS, "entropy": FLOATS}
-ROW_GRID = (R,)
-
-
-def rows(offset: int = 0, **options: Any) -> Rows:
-    return Rows(card(R, PITCH)[:, :V], card(R, dtype=torch.int64, offset=offset), **({"temperature": 0.7} | options))
-
-
-def objective(policy: str = "clipped", kl: str = "none", correction: str = "none") -> row_objective.Objective:
-    return row_objective.Objective(policy, kl, True, correction, card(len(PARAMETERS)))
-
-
-def launch_statistics() -> None:
-    row_statistics.row_statistics_of(rows())
-
-
-def launch_gradient() -> None:
-    chunk, slopes = rows(), [card(R) for _ in range(3)]
-    row_gradient.row_gradient_of(chunk, *slopes, None, chunk.dx(torch.bfloat16), vocab_start=V)
-
-
-def launch_gradient_full() -> None:
-    chunk = rows(bias=card(V, dtype=torch.bfloat16), temperature=card(R), softcap=30.0)
-    row_gradient.row_gradient_of(chunk, *(card(R) for _ in range(4)), card(R, V, dtype=torch.float16))
-
-
-def launch_objective() -> None:
-    tokens = {name: card(R) if name in TOKENS[:2] else None for name in TOKENS}
-    chunk = rows()
-    row_objective.row_objective_of(
-        chunk, objective(), tokens, chunk.dx(torch.bfloat16), entropy_gradient=None, grad_scale=None
-    )
-
-
-def launch_objective_full() -> None:
-    chunk = rows(bias=card(V), temperature=card(R), logit_scale=-1.0)
-    tokens = {name: card(R) for name in TOKENS}
-    dx, one = card(R, PITCH, dtype=torch.bfloat16)[:, :V], card(1)
-    full = objective("ppo_dual", "k3", "token_mask")
-    row_objective.row_objective_of(chunk, full, tokens, dx, entropy_gradient=one, grad_scale=one)
-
-
-T, H, J = 200, 64, 63
-FORWARD = {
-    "bias": None,
-    "targets": f"int64[{T}]",
-    "temperature": None,
-    "partials": f"float32[{J}, 4, {T}]",
-    "num_rows": T,
-    "vocab": 16000,
-    "tiles_per_split": 1,
-    "width": H // 8,
-    "hidden_stride": H // 8,
-    "weight_stride": H // 8,
-    "inner": 0.0,
-    "outer": 1.4426950408889634,
-    "DESCRIPTORS": True,
-    "UNIT": 8,
-    "EVEN_K": True,
-    "SOFTCAP": False,
-    "NEGATE": False,
-    "BLOCK_T": 128,
-    "BLOCK_V": 256,
-    "BLOCK_K": 64,
-    "GROUP_BLOCKS": 16,
-}
-COMBINE = Expected(
-    "_combine_kernel",
-    (2,),
-    {"partials": f"float32[{J}, 4, {T}]", "num_rows": T, "num_splits": J, "BLOCK_T": 128}
-    | dict.fromkeys(("logprobs", "entropy", "lse"), f"float32[{T}]"),
-    aligned={"partials", "logprobs", "entropy", "lse"},
-)
-
-
-def launch_forward() -> None:
-    hidden, weight = (card(size, H, dtype=torch.bfloat16) for size in (T, 16000))
-    forward_logprobs.forward_logprobs(hidden, weight, card(T, dtype=torch.int64))
-
-
-def launch_forward_pointers() -> None:
-    """Operands that are not aligned, with every option."""
-    hidden, weight = (card(size, H, dtype=torch.bfloat16, offset=1) for size in (T, 16000))
-    options = {"bias": card(16000, dtype=torch.bfloat16), "temperature": card(T, offset=1), "softcap": 30.0}
-    forward_logprobs.forward_logprobs(hidden, weight, card(T, dtype=torch.int64, offset=1), **options)
-
-
-N, K = 24, 3
-GROUP = {
-    "rewards": f"float32[{N}, {K}]",
-    "factors": f"float32[{K}]",
-    "order": None,
-    "labels": None,
-    "out": f"float32[{N}]",
-    "num_completions": N,
-    "num_rewards": K,
-    "group_size": 8,
-    "SCALE": "batch",
-    "ALONE": False,
-    "BLOCK": 32,
-}
-BATCH = {
-    "table": f"float32[{N}, {K}]",
-    "rewards": None,
-    "factors": f"float32[{K}]",
-    "out": f"float32[{N}]",
-    "num_completions": N,
-    "num_rewards": K,
-    "BLOCK": 1024,
-}
-
-
-def launch_advantages() -> None:
-    group_advantages.group_advantages(card(N, K), group_size=8, factors=card(K), scale="batch")
-
-
-def launch_advantages_by_label() -> None:
-    order, labels = (card(N, dtype=torch.int64) for _ in range(2))
-    group_advantages.group_advantages(card(N, K), order=order, labels=labels, aggregation="normalize_then_sum")
-
-
-S, P = 16, 2000
-COUNT = {
-    "advantages": f"float32[{S}]",
-    "importance": f"float32[{P}]",
-    "mask": f"bool[{P}]",
-    "cu_seqlens": f"int64[{S + 1}]",
-    "tile_counts": "int32[2, 4]",
-    "lengths": f"int32[{S}]",
-    "num_tokens": P,
-    "num_sequences": S,
-    "num_tiles": 4,
-    "steps": 4,
-    "PER_TOKEN": False,
-    "EVERY_ROW": False,
-    "BLOCK": 512,
-    "STRIDE": 4096,
-}
-TOKEN_RESULTS = {
-    "weights": f"float32[{P}]",
-    "token_advantages": f"float32[{P}]",
-    "active_rows": f"bool[{P}]",
-    "rows": f"int64[{P}]",
-    "num_active": "int64[]",
-}
-WRITE = {"normalizer": None, "SEQUENCE_MEAN": True, "TOKEN_MEAN": False, "STRIDE": 1024} | TOKEN_RESULTS
-POINTERS_OF_COUNT = {"advantages", "importance", "mask", "cu_seqlens", "tile_counts", "lengths"}
-
-
-def launch_token_rows() -> None:
-    group_rows.token_rows(
-        card(S),
-        card(S + 1, dtype=torch.int64),
-        mask=card(P, dtype=torch.bool),
-        importance=card(P),
-        normalizer=None,
-        aggregation="sequence_mean",
-        every_row=False,
-        weights=card(P),
-        token_advantages=card(P),
-        active=card(P, dtype=torch.bool),
-        rows=card(P, dtype=torch.int64),
-        num_active=card(dtype=torch.int64),
-    )
-
-
-def launch_scale() -> None:
-    scale_unless_one(card(3, 5000, dtype=torch.bfloat16), card())
-
-
-# Pointers to one number a row, and numbers of rows, are nothing to compile for: chunks are of any length and begin
-# anywhere. Everything that threads walk over is: logits, dx, bias, their strides.
-WALKED = {"logits", "row_stride"}
-SITES: dict[str, tuple[Callable[[], None], list[Expected]]] = {
-    "statistics": (
-        launch_statistics,
-        [Expected("_row_statistics_kernel", ROW_GRID, ROWS | NO_OPTIONS | RESULTS | {"lse": FLOATS}, WALKED)],
-    ),
-    "gradient": (
-        launch_gradient,
-        [
-            Expected(
-                "_row_gradient_kernel",
-                ROW_GRID,
-                ROWS
-                | NO_OPTIONS
-                | dict.fromkeys(("lse", "entropy", "g"), FLOATS)
-                | {"dx": f"bfloat16[{R}, {V}]", "dx_stride": 2 * PITCH, "e": None, "vocab_start": V, "IN_PLACE": True},
-                WALKED | {"dx", "dx_stride"},
-            )
-        ],
-    ),
-    "gradient, full": (
-        launch_gradient_full,
-        [
-            Expected(
-                "_row_gradient_kernel",
-                ROW_GRID,
-                ROWS
-                | {"bias": f"bfloat16[{V}]", "row_temperature": FLOATS, "TRANSFORM": "softcap", "chain": 1.0}
-                | {"factor": 30 / 0.6931471805599453, "cap_scale": 2 / 30 / 0.6931471805599453}
-                | dict.fromkeys(("lse", "entropy", "g", "e"), FLOATS)
-                | {"dx": f"float16[{R}, {V}]", "dx_stride": V, "vocab_start": 0, "IN_PLACE": False},
-                WALKED | {"bias", "dx"},
-            )
-        ],
-    ),
-    "objective": (
-        launch_objective,
-        [
-            Expected(
-                "_row_objective_kernel",
-                ROW_GRID,
-                ROWS
-                | NO_OPTIONS
-                | RESULTS
-                | {name: FLOATS if name in TOKENS[:2] else None for name in TOKENS}
-                | {"live": f"bool[{R}]", "parameters": "float32[12]", "entropy_gradient": None, "grad_scale": None}
-                | {"dx": f"bfloat16[{R}, {V}]", "dx_stride": 2 * PITCH, "IN_PLACE": True}
-                | {"POLICY": POLICIES["clipped"], "KL": "none", "KL_TIMES_RATIO": True, "CORRECTION": "none"},
-                WALKED | {"dx", "dx_stride"},
-            )
-        ],
-    ),
-    "objective, full": (
-        launch_objective_full,
-        [
-            Expected(
-                "_row_objective_kernel",
-                ROW_GRID,
-                ROWS
-                | {"bias": f"float32[{V}]", "row_temperature": FLOATS, "TRANSFORM": "negate"}
-                | {"factor": 1 / 0.6931471805599453, "chain": -1.0}
-                | RESULTS
-                | dict.fromkeys(TOKENS, FLOATS)
-                | {"live": f"bool[{R}]", "parameters": "float32[12]"}
-                | dict.fromkeys(("entropy_gradient", "grad_scale"), "float32[1]")
-                | {"dx": f"bfloat16[{R}, {V}]", "dx_stride": PITCH, "IN_PLACE": False}
-                | {"POLICY": POLICIES["ppo_dual"], "KL": "k3", "KL_TIMES_RATIO": True, "CORRECTION": "token_mask"},
-                WALKED | {"bias", "dx", "dx_stride"},
-            )
-        ],
-    ),
-    "forward": (
-        launch_forward,
-        [
-            Expected(
-                "_forward_kernel",
-                (2 * J,),
-                FORWARD
-                | {"hidden": f"bfloat16[{T}, {H}] in blocks [128, 64]"}
-                | {"weight": f"bfloat16[16000, {H}] in blocks [256, 64]"},
-                {"partials"},
-            ),
-            COMBINE,
-        ],
-    ),
-    "forward, pointers": (
-        launch_forward_pointers,
-        [
-            Expected(
-                "_forward_kernel",
-                (4 * 125,),
-                FORWARD
-                | {"hidden": f"bfloat16[{T}, {H}]", "weight": f"bfloat16[16000, {H}]", "bias": "bfloat16[16000]"}
-                | {"temperature": f"float32[{T}]", "partials": f"float32[125, 4, {T}]", "DESCRIPTORS": False}
-                | {"UNIT": 1, "SOFTCAP": True, "width": H, "hidden_stride": H, "weight_stride": H}
-                | {"inner": 2 * 1.4426950408889634 / 30, "outer": 30 * 1.4426950408889634}
-                | {"BLOCK_T": 64, "BLOCK_V": 128, "BLOCK_K": 16},
-                {"partials"},
-            ),
-            Expected(
-                "_combine_kernel",
-                (2,),
-                COMBINE.arguments | {"partials": f"float32[125, 4, {T}]", "num_splits": 125},
-                COMBINE.aligned,
-            ),
-        ],
-    ),
-    "advantages": (
-        launch_advantages,
-        [
-            Expected("_group_kernel", (3, 1), GROUP, {"rewards", "factors", "out"}),
-            Expected("_batch_kernel", (1,), BATCH, {"table", "factors", "out"}),
-        ],
-    ),
-    "advantages by label": (
-        launch_advantages_by_label,
-        [
-            Expected(
-                "_group_kernel",
-                (N, K),
-                GROUP
-                | {"factors": None, "order": f"int64[{N}]", "labels": f"int64[{N}]", "out": f"float32[{N}, {K}]"}
-                | {"group_size": 0, "SCALE": "group", "ALONE": True, "BLOCK": 128},
-                {"rewards", "order", "labels", "out"},
-            ),
-            Expected(
-                "_batch_kernel",
-                (1,),
-                BATCH | {"factors": None, "rewards": f"float32[{N}, {K}]"},
-                {"table", "rewards", "out"},
-            ),
-        ],
-    ),
-    "token rows": (
-        launch_token_rows,
-        [
-            Expected("_count_kernel", (4 + S,), COUNT, POINTERS_OF_COUNT),
-            Expected("_write_kernel", (4,), COUNT | WRITE, POINTERS_OF_COUNT | set(TOKEN_RESULTS)),
-        ],
-    ),
-    "factor": (
-        launch_scale,
-        [
-            Expected(
-                "_scale_kernel",
-                (4,),
-                {"values": "bfloat16[3, 5000]", "factor": "float32[]", "num_elements": 15000, "BLOCK": 4096},
-                {"values"},
-            )
-        ],
-    ),
-}
 
 
 def described(value: object) -> object:
@@ -549,12 +192,54 @@ def objective_at(offset: int) -> None:
     )
 
 
-@pytest.mark.parametrize("call", [statistics_at, gradient_at, objective_at])
+def sparse_objective_at(offset: int) -> None:
+    hidden, weight, ids, _ = gathers(offset)
+    tokens = {name: card(R, offset=offset) for name in TOKENS}
+    results = [card(R, dtype=dtype, offset=offset) for dtype in (torch.float32, torch.float32, torch.bool)]
+    one = card(1, offset=offset)
+    full = row_objective.Objective("clipped", "k3", True, "token_mask", card(12, offset=offset))
+    chunk = supports(offset, temperature=card(R, offset=offset))
+    options = {"entropy_gradient": one, "grad_scale": one, "results": results}
+    sparse_rows.sparse_objective(hidden, weight, ids, chunk, full, tokens, card(R, HIDDEN), **options)
+
+
+@pytest.mark.parametrize("call", [statistics_at, gradient_at, objective_at, sparse_objective_at])
 def test_a_chunk_that_begins_anywhere_compiles_once(call: Callable[[int], None], launches: list[Launch]) -> None:
     for offset in range(4):
         call(offset)
     assert len(launches) == 4
     addresses = {launch.arguments["entropy"].data_ptr() % 16 for launch in launches}
     assert len(addresses) == 4, "the slices are aligned after all"
+    assert_compiled_once(launches)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda offset: sparse_rows.sparse_logits(*gathers(offset), card(N_IDS)),
+        lambda offset: sparse_rows.sparse_grad_hidden(card(N_IDS), *gathers(offset)[1:], card(R, HIDDEN)),
+    ],
+    ids=["logits", "dHidden"],
+)
+def test_products_on_supports_that_begin_anywhere_compile_once(
+    call: Callable[[int], None], launches: list[Launch]
+) -> None:
+    """And so are summed in one order: hidden states that are not aligned are copied."""
+    for offset in range(4):
+        call(offset)
+    assert len({launch.arguments["ids"].data_ptr() % 16 for launch in launches}) == 4
+    assert_compiled_once(launches)
+
+
+def test_nothing_is_launched_for_no_rows(launches: list[Launch]) -> None:
+    hidden, weight, ids, offsets = gathers()
+    none, of = card(0), (ids[:0], offsets[:1])
+    sparse_rows.sparse_logits(hidden[:0], weight, *of, none)
+    sparse_rows.sparse_grad_hidden(none, weight, *of, hidden[:0])
+    sparse_weight.sparse_grad_weight(none, hidden[:0], ids[:0], offsets[:0], offsets[:0], weight)
+    assert launches == []
+
+
+def assert_compiled_once(launches: list[Launch]) -> None:
     keys = [(launch.specialization(), launch.options) for launch in launches]
     assert all(key == keys[0] for key in keys)

@@ -270,3 +270,52 @@ def test_a_failed_run_is_kept_and_shown(
     assert len(runs[0]["steps"]) == 10
     assert (tmp_path / "race.png").exists()
     assert "did you mean learning_rate?" in capsys.readouterr().out
+
+
+# ---- the second pair ------------------------------------------------------------------------------------------------
+
+
+def test_the_second_pair_lies_beside_the_first(
+    race: SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = made_race(tmp_path)
+    commands: list[list[str]] = []
+
+    def run(command: list[str], **options: Any) -> SimpleNamespace:
+        commands.append(command)
+        record = Path(command[command.index("--record") + 1])
+        run = made_run([0.9] * 6)
+        record.write_text("".join(json.dumps(row) + "\n" for row in [{"loaded_rss_bytes": 1}, *run["steps"]]))
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr(race.main.subprocess, "run", run)
+    given = ["--out", str(tmp_path), "--seeds", "0", "--top-p", "0.95", "--set", "learning_rate=1e-5"]
+    monkeypatch.setattr(race.main, "machine_facts", lambda: {"device": "cpu"})
+    assert race.main.main(given) == 0
+    assert all(command[-2:] == ["learning_rate=1e-5", "rollout.top_p=0.95"] for command in commands)
+    assert [command[2] for command in commands] == ["grpo-fast", "trl"]
+    assert json.loads((tmp_path / "race.json").read_text()) == first
+    second = json.loads((tmp_path / "race-top-p-0.95.json").read_text())
+    assert (second["top_p"], len(second["runs"]), second["runs"][0]["error"]) == (0.95, 2, None)
+    assert (tmp_path / "race-top-p-0.95.png").exists()
+    assert not (tmp_path / "race.png").exists()
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir() if path.suffix == ".jsonl")
+    assert names == ["grpo-fast-seed0-top-p-0.95.jsonl", "trl-seed0-top-p-0.95.jsonl"]
+    assert "Both sample at top-p 0.95." in capsys.readouterr().out
+    assert race.main.main(["--out", str(tmp_path), "--top-p", "0.95", "--redraw"]) == 0
+    race.main.main(["--out", str(tmp_path), "--redraw"])
+    assert capsys.readouterr().out.count("Both sample at top-p") == 1
+    with pytest.raises(SystemExit, match=r"race-top-p-0\.95\.json exists"):
+        race.main.main(given)
+
+
+@needs_trl
+def test_both_sample_at_the_same_top_p(race: SimpleNamespace, tmp_path: Path) -> None:
+    from trl import GRPOConfig
+
+    config = demo_config(race, tmp_path, "rollout.top_p=0.95")
+    arguments = GRPOConfig(**race.setup.trl_arguments(config))
+    assert config.rollout.top_p == arguments.top_p == 0.95
+    assert {"grpo_fast": "rollout.top_p", "trl": "top_p", "value": 0.95} in race.setup.hyperparameters(
+        config, arguments
+    )

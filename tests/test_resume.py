@@ -46,10 +46,10 @@ def meddle(monkeypatch):
     def install(at_call: int, action) -> None:
         meddling = Meddling(at_call, action)
 
-        def made(policy, config, *, temperature=None):
-            if temperature is not None:  # held-out evaluation is left alone
-                return HFRollout(policy, config, temperature=temperature)
-            meddling.engine = HFRollout(policy, config)
+        def made(policy, config, **options):
+            if "temperature" in options:  # held-out evaluation is left alone
+                return HFRollout(policy, config, **options)
+            meddling.engine = HFRollout(policy, config, **options)
             return meddling
 
         monkeypatch.setattr("grpo_fast.trainer.loop.HFRollout", made)
@@ -65,7 +65,8 @@ def whole_runs(tmp_path_factory):
     def run(name: str) -> tuple[Path, dict]:
         if name not in made:
             folder = tmp_path_factory.mktemp("whole")
-            several = {"steps_per_generation": 2, "num_iterations": 2} if name == "several" else {}
+            several = {"steps_per_generation": 2, "num_iterations": 2} if name != "single" else {}
+            several |= {"rollout__top_p": 0.8} if name == "supports" else {}
             changes = {
                 "model__dtype": "bfloat16",
                 "lr_scheduler_type": "cosine",
@@ -101,8 +102,9 @@ def test_an_interrupted_run_continues_exactly(whole_runs, meddle, name, number):
     assert_same_run(out, folder / "whole")
 
 
-def test_a_run_stopped_amid_the_steps_of_a_rollout_continues_exactly(whole_runs, monkeypatch):
-    folder, changes = whole_runs("several")
+@pytest.mark.parametrize("name", ["several", "supports"])
+def test_a_run_stopped_amid_the_steps_of_a_rollout_continues_exactly(whole_runs, monkeypatch, name):
+    folder, changes = whole_runs(name)
     out = folder / "stopped-amid"
     config = configured(folder, output_dir=str(out), **changes)
     original, calls = Updater.gradients, []
@@ -122,6 +124,7 @@ def test_a_run_stopped_amid_the_steps_of_a_rollout_continues_exactly(whole_runs,
     assert (checkpoints(out)[-1] / "experience.safetensors").is_file()
     train(dataclasses.replace(config, resume="auto"))
     assert_same_run(out, folder / "whole")
+    assert all(("support/mean" in row) == (name == "supports") for row in rows(out) if "loss" in row)
 
 
 def test_a_run_stopped_before_its_first_step_continues_exactly(whole_runs, meddle):
@@ -205,7 +208,7 @@ def test_a_nan_stops_the_run_and_keeps_the_batch(tmp_path, meddle):
         with torch.no_grad():
             model.model.layers[0].mlp.up_proj.weight[0, 0] = math.nan
 
-    config = configured(tmp_path, model__dtype="bfloat16")
+    config = configured(tmp_path, model__dtype="bfloat16", rollout__top_p=0.8)
     meddle(3, poison)
     with pytest.raises(NonFiniteError, match=r"step 3: loss is nan; .*nonfinite-000003.* step 2 \(resume=auto\)"):
         train(config)
@@ -217,7 +220,9 @@ def test_a_nan_stops_the_run_and_keeps_the_batch(tmp_path, meddle):
     from safetensors.torch import load_file
 
     batch = load_file(out / "nonfinite-000003" / "batch.safetensors")
-    assert Experience.from_tensors({k: v for k, v in batch.items() if k != "completions"}).num_completions == 16
+    kept = Experience.from_tensors({k: v for k, v in batch.items() if k != "completions"})
+    assert kept.num_completions == 16
+    assert kept.support.num_rows == kept.tokens.numel()
     # The state before it was saved and is sound: the run can go on.
     assert checkpoints(out)[-1].name == "checkpoint-000002"
     meddle(0, None)

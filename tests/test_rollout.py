@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
+from grpo_fast.packing import Support
 from grpo_fast.trainer.attention import register
 from grpo_fast.trainer.config import RolloutConfig
 from grpo_fast.trainer.model import Policy
-from grpo_fast.trainer.rollout import HFRollout, _Sampler
+from grpo_fast.trainer.rollout import Completion, HFRollout, _inverse_cdf, _kept, _Sampler
 from tests import tiny
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14], [9, 8, 7, 6]]
@@ -172,3 +175,86 @@ def test_draws_follow_the_probabilities():
     assert shares[probabilities == 0].sum() == 0
     torch.testing.assert_close(shares, probabilities, rtol=0, atol=0.01)  # four standard deviations
     torch.testing.assert_close(sampler.logprobs[:, 0], probabilities.log()[drawn])
+
+
+def test_a_draw_on_the_edge_of_two_spans_has_a_probability():
+    """The sums of spans round: what is sought must not fall below the second span, to a word that was cut."""
+    probabilities = torch.zeros(1, 512)
+    probabilities[0, 255], probabilities[0, 511] = (float.fromhex(x) for x in ("0x1.9adfa6p-2", "0x1.32902cp-1"))
+    edge = torch.tensor([[float.fromhex("0x1.9adfa6p-2")]])
+    assert _inverse_cdf(probabilities, edge).item() == 511
+
+
+# -- supports ---------------------------------------------------------------------------------------------------------
+
+CUTS = [{"top_p": 0.6}, {"top_k": 5}, {"min_p": 0.3}, {"top_p": 0.8, "top_k": 20, "temperature": 0.7}]
+
+
+def ending() -> Policy:
+    """A policy whose completions end after different numbers of tokens: many words end them."""
+    return dataclasses.replace(policy(), eos_token_ids=list(range(1, 20)))
+
+
+@pytest.mark.parametrize("batch_size", [None, 3])
+@pytest.mark.parametrize("options", CUTS, ids=lambda options: "-".join(options))
+def test_supports_are_what_the_warpers_left(options, batch_size):
+    """The likeliest words, as many as the option keeps; their renormalised probability is the recorded one."""
+    sampled_from = ending()
+    config = RolloutConfig(max_completion_length=8, batch_size=batch_size, **options)
+    completions = HFRollout(sampled_from, config, supports=True).generate(PROMPTS, 8, seed=0)
+    assert len({len(completion.token_ids) for completion in completions}) > 3
+    for number, completion in enumerate(completions):
+        support, ids = completion.support, torch.tensor(completion.token_ids)
+        assert (support.num_rows, support.token_ids.dtype) == (len(ids), torch.int32)
+        logits = logits_of(sampled_from.model, PROMPTS[number // 8], completion.token_ids) / config.temperature
+        for row, (scores, token, logprob) in enumerate(zip(logits, ids, completion.logprobs, strict=True)):
+            words = support[row : row + 1].token_ids.long()
+            kept = torch.zeros(tiny.VOCAB_SIZE, dtype=torch.bool)
+            kept[words] = True
+            assert kept[token]
+            assert scores[token] - scores[kept].logsumexp(0) == pytest.approx(logprob, abs=1e-4)
+            assert scores[kept].min() > scores[~kept].max() - 1e-4
+            p = scores.softmax(0)
+            if "top_k" in options:
+                assert len(words) == 5 if options["top_k"] == 5 else len(words) <= 20
+                p = p.where(p >= p.sort().values[-options["top_k"]], 0) / p.topk(options["top_k"]).values.sum()
+            if "top_p" in options:  # with the last of them, but not without it
+                mass = p[kept].sum()
+                assert mass > options["top_p"] - 1e-4
+                assert mass - p[kept].min() < options["top_p"] + 1e-4
+            if "min_p" in options:
+                assert (p[kept] > options["min_p"] * p.max() - 1e-4).all()
+                assert (p[~kept] < options["min_p"] * p.max() + 1e-4).all()
+
+
+@pytest.mark.parametrize("options", CUTS, ids=lambda options: "-".join(options))
+def test_recording_changes_no_draw(options):
+    sampled_from, config = ending(), RolloutConfig(max_completion_length=8, **options)
+    plain = HFRollout(sampled_from, config).generate(PROMPTS, 4, seed=0)
+    recorded = HFRollout(sampled_from, config, supports=True).generate(PROMPTS, 4, seed=0)
+    assert all(completion.support is None for completion in plain)
+    assert [(c.token_ids, c.logprobs) for c in recorded] == [(c.token_ids, c.logprobs) for c in plain]
+
+
+@pytest.mark.parametrize(
+    ("options", "temperature"), [({}, None), ({"repetition_penalty": 1.5}, None), ({"min_p": 0.0}, None), (CUTS[0], 0)]
+)
+def test_nothing_is_recorded_where_nothing_is_cut(options, temperature):
+    config = RolloutConfig(max_completion_length=3, **options)
+    engine = HFRollout(policy(), config, temperature=temperature, supports=True)
+    assert all(completion.support is None for completion in engine.generate(PROMPTS, 2, seed=0))
+
+
+def test_rows_that_are_whole_or_have_ended_are_empty():
+    scores = torch.randn(5, 7)
+    scores[[1, 4], 3] = scores[4, 0] = -torch.inf
+    scores[2] = torch.nan
+    scores[3, 1:] = -torch.inf
+    kept = _kept(scores, torch.tensor([False, True, False, False, False]))
+    assert kept.sizes.tolist() == [0, 0, 0, 1, 5]
+    assert kept.token_ids.tolist() == [0, 1, 2, 4, 5, 6]
+
+
+def test_a_support_of_another_completion_is_refused():
+    with pytest.raises(ValueError, match="support: expected 3 rows, one a token of the completion; got 2"):
+        Completion([1, 2, 3], [0.0] * 3, True, Support.from_padded(torch.tensor([[1], [2]])))

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from grpo_fast.backends.base import get_backend
 from grpo_fast.head import hidden_states
 from grpo_fast.loss import LossConfig, grpo_loss, policy_loss
 from grpo_fast.objectives import high_entropy_mask
+from grpo_fast.packing import Support
 from grpo_fast.trainer.batch import Experience, bounds
 from grpo_fast.trainer.errors import ConfigError
 from grpo_fast.trainer.loop import make_updater
@@ -43,15 +45,18 @@ def experience(seed: int = 0) -> Experience:
 
 
 def expected_gradients(model, data: Experience, loss: LossConfig) -> list[torch.Tensor]:
-    """By autograd, from full logits of one plain forward a completion."""
+    """By autograd, from full logits of one plain forward a completion; -inf outside of the supports."""
     logprobs, entropies = [], []
     for number in range(8):
         span, prompt = data.span(number), data.prompt(number)
         own = data.tokens[span.start : span.stop]
         states = hidden_states(model, input_ids=torch.cat([prompt, own])[None])[0, prompt.numel() - 1 : -1]
-        scores = (states @ model.lm_head.weight.T / loss.temperature).log_softmax(-1)
+        scores = states @ model.lm_head.weight.T / loss.temperature
+        if data.support is not None:
+            scores = scores.masked_fill(~_kept_words(data.support[span.start : span.stop]), -torch.inf)
+        scores = scores.log_softmax(-1)
         logprobs.append(scores.gather(1, own[:, None])[:, 0])
-        entropies.append(-(scores.exp() * scores).sum(-1))
+        entropies.append(-(scores.exp() * scores.masked_fill(scores == -torch.inf, 0)).sum(-1))
     out = policy_loss(
         torch.cat(logprobs),
         data.advantages,
@@ -64,6 +69,30 @@ def expected_gradients(model, data: Experience, loss: LossConfig) -> list[torch.
         config=loss,
     )
     return list(torch.autograd.grad(out.loss, list(model.parameters())))
+
+
+def _kept_words(support: Support) -> torch.Tensor:
+    """`[T, V]` bool."""
+    kept = torch.zeros(support.num_rows, tiny.VOCAB_SIZE, dtype=torch.bool)
+    kept[support.rows_of_ids(), support.token_ids.long()] = True
+    kept[support.sizes == 0] = True
+    return kept
+
+
+def mixed_support(data: Experience) -> Support:
+    """Rows of one word, of a few, of many, and whole ones."""
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.rand(data.tokens.numel(), tiny.VOCAB_SIZE, generator=generator)
+    scores.scatter_(1, data.tokens[:, None], 2)  # first
+    sizes = torch.tensor([1, 2, 5, 8, 9, 40, tiny.VOCAB_SIZE])[torch.arange(data.tokens.numel()) % 7]
+    return Support.from_mask(scores.argsort(1, descending=True).argsort(1) < sizes[:, None])
+
+
+@pytest.fixture
+def sparse_to_eight(monkeypatch):
+    """Supports of up to eight words are sparse rows."""
+    for backend in ("torch", "cpu"):
+        monkeypatch.setattr(type(get_backend(backend)), "sparse_share", lambda *arguments: tiny.VOCAB_SIZE // 8)
 
 
 @pytest.fixture(scope="module")
@@ -108,6 +137,87 @@ def test_gradients_do_not_depend_on_the_packs(updaters, loss, max_tokens):
     assert len(ours) == len(expected)
     for name, mine, theirs in zip(updater.weights.names, ours, expected, strict=True):
         assert float((mine - theirs).norm()) <= 2e-5 * float(theirs.norm()) + 1e-9, name
+
+
+@pytest.mark.parametrize("max_tokens", [8, 20, 1000])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"loss_type": "dapo", "beta": 0.3},
+        {"loss_type": "grpo", "importance_sampling_level": "sequence", "temperature": 0.7},
+        {"loss_type": "dapo", "entropy_coef": 0.2},
+    ],
+    ids=lambda loss: "-".join(map(str, loss.values())),
+)
+def test_gradients_are_those_on_the_supports(updaters, sparse_to_eight, loss, max_tokens):
+    """However rows of all kinds fall into packs."""
+    rollout = {"rollout__temperature": loss["temperature"]} if "temperature" in loss else {}
+    updater = updaters(loss=loss, max_tokens_per_microbatch=max_tokens, **rollout)
+    data = experience()
+    data.support = mixed_support(data)
+    if updater._config.loss.beta == 0:
+        data.ref_logprobs = None
+    metrics = updater.gradients(data, range(8))
+    assert metrics["bad_rows"] == 0
+    for name, mine, theirs in zip(
+        updater.weights.names,
+        updater.weights.gradients(),
+        expected_gradients(updater.policy.model, data, updater._config.loss),
+        strict=True,
+    ):
+        assert float((mine - theirs).norm()) <= 2e-5 * float(theirs.norm()) + 1e-9, name
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 2}])
+def test_the_first_of_several_steps_has_ratio_one_on_supports(updaters, sparse_to_eight, lora):
+    """And no KL, to the last bit: old, reference and current policy are on the same supports, in rows of all kinds."""
+    updater = updaters(num_iterations=2, max_tokens_per_microbatch=20, loss__beta=0.3, model__lora=lora)
+    data = experience()
+    data.old_logprobs = data.ref_logprobs = None
+    data.support = mixed_support(data)
+    updater.prepare(data, [range(8)])
+    scored = data.old_logprobs.isfinite()
+    assert scored.any()
+    assert (data.old_logprobs[scored & (data.support.sizes == 1)] == 0).all()
+    metrics = updater.gradients(data, range(8))
+    assert metrics["ratio/min"] == metrics["ratio/max"] == 1
+    assert metrics["kl"] == 0
+    data.support = None  # with what was scored on it
+    metrics = updater.gradients(data, range(8))
+    assert metrics["ratio/min"] < 0.9
+    assert metrics["kl"] != 0
+
+
+def test_what_a_step_says_of_supports(updaters, sparse_to_eight):
+    updater = updaters(max_tokens_per_microbatch=20)
+    data = experience()
+    data.old_logprobs = data.ref_logprobs = None
+    dense = updater.gradients(data, range(4, 8))
+    assert not any(name.startswith("support/") for name in dense)
+    data.support = mixed_support(data)
+    metrics = updater.gradients(data, range(4, 8))
+    sizes = [(1, 2, 5, 8, 9, 40, tiny.VOCAB_SIZE)[n % 7] for n in range(sum(COMPLETIONS))]
+    mine = sizes[sum(COMPLETIONS[:4]) :]  # those of zero advantage included
+    assert metrics["support/mean"] == pytest.approx(sum(mine) / len(mine))
+    assert metrics["support/median"] == sorted(mine)[(len(mine) - 1) // 2]
+    assert metrics["support/max"] == max(mine) == tiny.VOCAB_SIZE
+    assert metrics["support/singleton_fraction"] == pytest.approx(mine.count(1) / len(mine))
+    assert metrics["support/sparse_fraction"] == pytest.approx(sum(1 < n <= 8 for n in mine) / len(mine))
+    ids = sum(n for n in sizes if n < tiny.VOCAB_SIZE)
+    assert metrics["support/host_mib"] * 2**20 == 4 * ids + 8 * (len(sizes) + 1)
+    computed = sizes[sum(COMPLETIONS[:5]) :]  # whose gradient is not zero
+    spared = sum(tiny.VOCAB_SIZE - (n if 1 < n <= 8 else 0) for n in computed if n <= 8)
+    assert metrics["update_flops"] == dense["update_flops"] - 6 * 32 * spared
+    data.advantages[:] = 0  # the sampler's numbers, even where no row is computed
+    idle = updater.gradients(data, range(4, 8))
+    assert idle["support/mean"] == metrics["support/mean"]
+    assert idle["update_flops"] == 0
+
+
+def test_a_plan_that_cannot_serve_supports_says_so_at_once(updaters):
+    updaters(plan="resident", rollout__top_p=0.9, loss__support="off")
+    with pytest.raises(ConfigError, match="resident"):
+        updaters(plan="resident", rollout__top_p=0.9)
 
 
 def test_zero_advantages_never_reach_the_model(updaters, monkeypatch):

@@ -9,21 +9,24 @@ from __future__ import annotations
 import importlib
 import importlib.metadata
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from benchmarks.baselines import implementations
 from benchmarks.baselines.implementations import VERL_TORCH, Outcome
-from benchmarks.cases import Batch, Case
+from benchmarks.cases import Batch, Case, Scenario
 from grpo_fast.backends.base import resolve_backend
 
-__all__ = ["CONTENDERS", "FEW", "Contender", "Outcome"]
+__all__ = ["CONTENDERS", "FEW", "MASKED", "ON_SUPPORTS", "SPARSE", "Contender", "Outcome"]
 
 FEW = ("grpo-fast", "TRL eager", "TRL eager bf16")
 """Who is timed where everyone would take too long."""
+
+ON_SUPPORTS = ("grpo-fast", "grpo-fast dense", "grpo-fast torch", "plain log-softmax")
+"""Who is timed where rows have supports: `plain` masks full logits, as other trainers do, and "dense" has none."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,9 @@ class Contender:
         entropy, softcap: whether it offers entropies and soft-capped logits.
         compiles: calls torch.compile, so its first run says nothing about the others.
         devices: where it runs.
+        support: what it makes of cases with supports. "none": it takes no part. "takes": it computes on them. "only":
+            that, and takes no part in other cases. "ignores": it does the same tokens' step over the whole vocabulary,
+            against which it is checked, and takes no part in other cases.
     """
 
     name: str
@@ -52,15 +58,35 @@ class Contender:
     softcap: bool = True
     compiles: bool = False
     devices: tuple[str, ...] = ("cpu", "cuda")
+    support: Literal["none", "takes", "only", "ignores"] = "none"
 
     def why_missing(self) -> str | None:
         """Why it cannot be imported, or None."""
         return _why_not_importable(self.module)
 
+    @property
+    def needs_support(self) -> bool:
+        """Whether it takes part in cases with supports only."""
+        return self.support in ("only", "ignores")
+
+    def view(self, packed: Batch) -> Batch:
+        """A packed batch as it takes it."""
+        if self.support == "ignores":
+            return packed.dense() if packed.support is not None else packed
+        return packed.padded() if self.padded else packed
+
+    def judged_on(self, scenario: Scenario) -> Scenario:
+        """The scenario whose results it has to give."""
+        return replace(scenario, support=None) if self.support == "ignores" else scenario
+
     def why_not_offered(self, case: Case, device: str) -> str | None:
         """Why it does not do this case on this device, or None."""
         if device not in self.devices:
             return f"runs on {' and '.join(self.devices)} only"
+        if case.scenario.support is not None and self.support == "none":
+            return "takes no supports"
+        if case.scenario.support is None and self.needs_support:
+            return "is for cases with supports"
         if not self.entropy and (not case.scenario.gradient or case.scenario.config.entropy_coef != 0):
             return "has no entropy"
         if not self.softcap and case.model.softcap is not None:
@@ -95,6 +121,9 @@ def _why_not_importable(module: str) -> str | None:
 
 # -- the table --------------------------------------------------------------------------------------------------------
 
+SPARSE, MASKED = "grpo-fast (forced sparse)", "grpo-fast (forced masked)"
+
+_OWN: dict[str, Any] = {"package": "grpo-fast", "module": "grpo_fast"}
 _TRL: dict[str, Any] = {"module": "trl.trainer.utils", "package": "trl", "padded": True}
 _LIGER: dict[str, Any] = {"package": "liger-kernel", "padded": True, "entropy": False, "softcap": False}
 _LIGER_FUSED: dict[str, Any] = {**_LIGER, "module": "liger_kernel.chunked_loss", "block": (2048, 4096, 24)}
@@ -110,11 +139,12 @@ _CE: dict[str, Any] = {"entropy": False, "softcap": False}
 CONTENDERS = {
     contender.name: contender
     for contender in (
-        Contender("grpo-fast", lambda b: implementations.own(b, "auto"), package="grpo-fast", module="grpo_fast"),
-        Contender(
-            "grpo-fast torch", lambda b: implementations.own(b, "torch"), package="grpo-fast", module="grpo_fast"
-        ),
-        Contender("plain log-softmax", implementations.plain, logit_bytes=14),
+        Contender("grpo-fast", lambda b: implementations.own(b, "auto"), support="takes", **_OWN),
+        Contender("grpo-fast dense", lambda b: implementations.own(b, "auto"), support="ignores", **_OWN),
+        Contender(SPARSE, lambda b: implementations.forced(b, sparse=True), support="only", **_OWN),
+        Contender(MASKED, lambda b: implementations.forced(b, sparse=False), support="only", **_OWN),
+        Contender("grpo-fast torch", lambda b: implementations.own(b, "torch"), support="takes", **_OWN),
+        Contender("plain log-softmax", implementations.plain, logit_bytes=18, support="takes"),
         Contender("TRL eager", lambda b: implementations.trl_eager(b, float32=True), logit_bytes=20, **_TRL),
         Contender("TRL eager bf16", lambda b: implementations.trl_eager(b, float32=False), logit_bytes=11, **_TRL),
         Contender("TRL chunked", implementations.trl_chunked, block=(4096, 32768, 32), **_TRL),

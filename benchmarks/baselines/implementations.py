@@ -16,12 +16,15 @@ from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import Batch
+from benchmarks.supports import mask_of
+from grpo_fast.backends.base import get_backend, resolve_backend
 from grpo_fast.loss import grpo_loss, token_logprobs
 
 
@@ -89,7 +92,7 @@ def _entropy_mode(batch: Batch) -> torch.set_grad_enabled:
 
 def own(batch: Batch, backend: str, **options: Any) -> Outcome:
     """options: `plan`, `workspace_bytes`."""
-    head: dict[str, Any] = {"head": batch.head, "backend": backend, **options}
+    head: dict[str, Any] = {"head": batch.head, "backend": backend, "support": batch.support, **options}
     if not batch.case.scenario.gradient:
         with torch.no_grad():
             scored = token_logprobs(batch.hidden, batch.weight, batch.targets, **head)
@@ -109,6 +112,14 @@ def own(batch: Batch, backend: str, **options: Any) -> Outcome:
     return Outcome(out.loss.detach(), out.logprobs, out.entropy, out.computed)
 
 
+def forced(batch: Batch, *, sparse: bool) -> Outcome:
+    """This library with every support computed in one way, whatever its size: not what it does, but why."""
+    engine = get_backend(resolve_backend("auto", batch.hidden.device, batch.hidden.dtype))
+    share = 1 if sparse else batch.weight.shape[0]
+    with patch.object(type(engine), "sparse_share", lambda *_: share):
+        return own(batch, "auto")
+
+
 # -- eager ------------------------------------------------------------------------------------------------------------
 
 
@@ -119,11 +130,17 @@ def model_logits(hidden: Tensor, weight: Tensor, softcap: float | None) -> Tenso
 
 
 def plain(batch: Batch) -> Outcome:
+    """Supports by masks of the full logits, made of the ids as they come from a sampler."""
     with _gradient_mode(batch):
-        log_p = torch.log_softmax(model_logits(batch.hidden, batch.weight, batch.head.softcap).float(), -1)
+        logits = model_logits(batch.hidden, batch.weight, batch.head.softcap)
+        outside = None if batch.support is None else ~mask_of(batch.support, batch.weight.shape[0])
+        if outside is not None:
+            logits = logits.masked_fill(outside, -torch.inf)
+        log_p = torch.log_softmax(logits.float(), -1)
         logprobs = log_p.gather(-1, batch.targets[..., None]).squeeze(-1)
         with _entropy_mode(batch):
-            entropy = -(log_p.exp() * log_p).sum(-1)
+            finite = log_p if outside is None else log_p.masked_fill(outside, 0.0)
+            entropy = -(log_p.exp() * finite).sum(-1)
         return _finish(batch, logprobs, entropy)
 
 

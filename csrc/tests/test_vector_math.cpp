@@ -6,7 +6,7 @@
 #include <random>
 #include <vector>
 
-#include "../vector_math.h"
+#include "../isa.h"
 #include "check.h"
 #include "narrow.h"
 
@@ -118,6 +118,44 @@ TEST(narrowing_rounds_to_even) {
     const double bf16 = decoded(grpo_fast::to_bfloat16(lost), DType::kBFloat16);
     const double fp16 = decoded(grpo_fast::to_float16(lost), DType::kFloat16);
     CHECK(std::isnan(bf16) && std::isnan(fp16), "NaN became %g, %g", bf16, fp16);
+  }
+}
+
+using Widening = void (*)(const uint16_t*, float*, int);
+
+#define GRPO_FAST_WIDENING(name, function, attribute)             \
+  attribute void name(const uint16_t* x, float* y, int n) {       \
+    for (int i = 0; i < n; ++i) y[i] = grpo_fast::function(x[i]); \
+  }
+GRPO_FAST_WIDENING(widen_bf16_baseline, from_bfloat16, )
+GRPO_FAST_WIDENING(widen_fp16_baseline, from_float16, )
+#ifdef GRPO_FAST_X86
+GRPO_FAST_WIDENING(widen_bf16_avx2, from_bfloat16, GRPO_FAST_AVX2)
+GRPO_FAST_WIDENING(widen_fp16_avx2, from_float16, GRPO_FAST_AVX2)
+GRPO_FAST_WIDENING(widen_bf16_avx512, from_bfloat16, GRPO_FAST_AVX512)
+GRPO_FAST_WIDENING(widen_fp16_avx512, from_float16, GRPO_FAST_AVX512)
+constexpr Widening kWideBFloat16[] = {widen_bf16_baseline, widen_bf16_avx2, widen_bf16_avx512};
+constexpr Widening kWideFloat16[] = {widen_fp16_baseline, widen_fp16_avx2, widen_fp16_avx512};
+#else
+constexpr Widening kWideBFloat16[] = {widen_bf16_baseline};
+constexpr Widening kWideFloat16[] = {widen_fp16_baseline};
+#endif
+
+TEST(widening_is_exact) {
+  std::vector<uint16_t> all(65536);
+  for (size_t i = 0; i < all.size(); ++i) all[i] = uint16_t(i);
+  std::vector<float> wide(all.size());
+  for (const Isa isa : isas()) {
+    for (const DType dtype : {DType::kBFloat16, DType::kFloat16}) {
+      (dtype == DType::kBFloat16 ? kWideBFloat16 : kWideFloat16)[int(isa)](all.data(), wide.data(), int(all.size()));
+      for (size_t i = 0; i < all.size(); ++i) {
+        const double expected = decoded(all[i], dtype);
+        const bool same = std::isnan(expected) ? std::isnan(wide[i])
+                                               : wide[i] == expected && std::signbit(wide[i]) == std::signbit(expected);
+        CHECK(same, "isa %d, dtype %d: %04x is %g, not %g", int(isa), int(dtype), unsigned(i), expected,
+              double(wide[i]));
+      }
+    }
   }
 }
 

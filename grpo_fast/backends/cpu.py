@@ -3,6 +3,7 @@
     logits, dx       float32; dx is bf16 over the same memory where bf16 products exist
     gemm_*           csrc/gemm_cpu.h; elsewhere (float32; narrow operands without the instructions) torch's products
     row_*            csrc/row_cpu.h, one row a thread, AVX-512, AVX2 or baseline instructions chosen at run time
+    sparse_*         csrc/sparse_cpu.h, the same on rows' supports: gathered rows of the weight
 
 Chunks are as large as the workspace allows, since each packs the whole weight: on two EPYC cores the full step at T =
 2048, V = 49152 took 0.59, 0.54 and 0.51 s with 64, 128 and 256 MiB, at T = 1024, V = 151936 2.0, 1.7 and 1.3 s.
@@ -21,6 +22,7 @@ from grpo_fast.backends.base import (
     NativeRows,
     ObjectiveResults,
     RowChunk,
+    RowIds,
     RowObjective,
     RowSlopes,
     RowStatistics,
@@ -130,30 +132,100 @@ class CpuBackend(TorchBackend):
 
     def dx_place(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
         """A narrow row takes the first half of its own logits."""
-        return logits.view(_dx_dtype(dtype))[:, : logits.shape[1]]
+        return logits.view(dtype if _multiplies(dtype) else torch.float32)[:, : logits.shape[1]]
+
+    # -- products on supports ----------------------------------------------------------------------------------------
+
+    def sparse_share(self, dtype: torch.dtype, device: torch.device) -> int:
+        # Where a row of random ids costs (forward, dHidden, its share of dWeight) what a row of the dense step does, in
+        # time of one AVX-512 core (EPYC, other work beside it), at (H, V) = (1024, 151936) and (576, 49152):
+        #   bf16, products here    0.41 and 0.19 us an entry, 2.5 and 0.47 ms a dense row    V / 24 and V / 20
+        #   float32                0.54 and 0.27              15 and 1.4                     V / 6  and V / 10
+        #   fp16, torch's products 0.69 and 0.32              18 and 1.6                     V / 6  and V / 10
+        # Less than that: cores share the memory that gathers wait for, and entries take memory besides the workspace.
+        return 32 if _multiplies(dtype) else 16
+
+    # Torch serves matrices with gaps, which C++ would have copied whole.
+
+    def sparse_logits(self, hidden: Tensor, weight: Tensor, of: RowIds, out: Tensor) -> None:
+        if not weight.is_contiguous():
+            super().sparse_logits(hidden, weight, of, out)
+            return
+        native = NativeSupports(hidden, weight, of)
+        _C.sparse_logits(native.operands, native.supports, **addresses(out=out), threads=torch.get_num_threads())
+
+    def sparse_grad_hidden(self, dx: Tensor, weight: Tensor, of: RowIds, out: Tensor) -> None:
+        if not (weight.is_contiguous() and out.is_contiguous()):
+            super().sparse_grad_hidden(dx, weight, of, out)
+            return
+        native = NativeSupports(None, weight, of)
+        _C.sparse_grad_hidden(
+            native.operands,
+            native.supports,
+            **addresses(dx=dx, out=out),
+            out_dtype=_dtype(out.dtype),
+            threads=torch.get_num_threads(),
+        )
+
+    def sparse_grad_weight(self, dx: Tensor, hidden: Tensor, of: RowIds, out: Tensor) -> None:
+        if not out.is_contiguous():
+            super().sparse_grad_weight(dx, hidden, of, out)
+            return
+        native, num_entries = NativeSupports(hidden, None, of), of.ids.numel()
+        scratch = of.ids.new_empty(_C.sparse_sort_bytes(num_entries), dtype=torch.uint8)
+        _C.sparse_grad_weight(
+            native.operands,
+            **addresses(dx=dx, ids=of.ids, rows=of.rows, out=out, scratch=scratch),
+            num_entries=num_entries,
+            vocab=out.shape[0],
+            out_dtype=_dtype(out.dtype),
+            threads=torch.get_num_threads(),
+        )
+
+    def sparse_objective(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        of: RowIds,
+        rows: RowChunk,
+        objective: RowObjective,
+        results: ObjectiveResults,
+        grad_hidden: Tensor | None,
+    ) -> Tensor:
+        gaps = not (weight.is_contiguous() and (grad_hidden is None or grad_hidden.is_contiguous()))
+        if (kernel := objective.kernel) is None or gaps:
+            return super().sparse_objective(hidden, weight, of, rows, objective, results, grad_hidden)
+        native, native_rows, kept = NativeSupports(hidden, weight, of), NativeRows(_C, rows), objective.tensors()
+        _C.sparse_objective(
+            native.operands,
+            native.supports,
+            native_rows.native,
+            native_objective(_C, kernel),
+            **addresses(**kept, **results._asdict(), grad_hidden=grad_hidden),
+            **_factors(objective),
+            grad_hidden_dtype=_dtype(torch.float32 if grad_hidden is None else grad_hidden.dtype),
+            threads=torch.get_num_threads(),
+        )
+        return rows.logits
 
     # -- row functions -----------------------------------------------------------------------------------------------
 
     def statistics(self, rows: RowChunk, out: RowStatistics) -> None:
-        if rows.offsets is not None:
-            super().statistics(rows, out)
-            return
         native_rows = NativeRows(_C, rows)
-        _C.row_statistics(native_rows.native, **addresses(**out._asdict()), threads=torch.get_num_threads())
+        _C.row_statistics(
+            native_rows.native, **addresses(offsets=rows.offsets, **out._asdict()), threads=torch.get_num_threads()
+        )
 
     def gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        if rows.offsets is not None:
-            return super().gradient(rows, slopes, dtype=dtype, out=out)
         native_rows, kept = NativeRows(_C, rows), slopes.tensors()
         _C.row_gradient(
             native_rows.native,
-            **addresses(**kept),
+            **addresses(offsets=rows.offsets, **kept),
             vocab_start=rows.vocab_start,
-            dtype=_dtype(_dx_dtype(dtype)),
+            dtype=_dtype(_dx_dtype(rows, dtype)),
             threads=torch.get_num_threads(),
         )
-        dx = self.dx_place(rows.logits, dtype)  # where C++ left it
-        return dx if out is None else out.copy_(dx)
+        return self._dx(rows, dtype, out)
 
     def objective_rows(
         self,
@@ -164,20 +236,22 @@ class CpuBackend(TorchBackend):
         dtype: torch.dtype,
         out: Tensor | None = None,
     ) -> Tensor:
-        if (kernel := objective.kernel) is None or rows.offsets is not None:
+        if (kernel := objective.kernel) is None:
             return super().objective_rows(rows, objective, results, dtype=dtype, out=out)
         native_rows, kept = NativeRows(_C, rows), objective.tensors()
         _C.row_objective(
             native_rows.native,
             native_objective(_C, kernel),
-            **addresses(**kept),
-            entropy_gradient=-objective.config.entropy_coef / float(objective.tokens.bonus_count),
-            grad_scale=1.0 if objective.grad_scale is None else float(objective.grad_scale),
-            dtype=_dtype(_dx_dtype(dtype)),
-            **addresses(**results._asdict()),
+            **addresses(offsets=rows.offsets, **kept, **results._asdict()),
+            **_factors(objective),
+            dtype=_dtype(_dx_dtype(rows, dtype)),
             threads=torch.get_num_threads(),
         )
-        dx = self.dx_place(rows.logits, dtype)  # where C++ left it
+        return self._dx(rows, dtype, out)
+
+    def _dx(self, rows: RowChunk, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        """Where C++ left it, or in `out`."""
+        dx = rows.logits if rows.offsets is not None else self.dx_place(rows.logits, dtype)
         return dx if out is None else out.copy_(dx)
 
     def group_functions(self) -> GroupFunctions:
@@ -257,9 +331,30 @@ def _multiplies(dtype: torch.dtype) -> bool:
     return gemm_obstacle(dtype) is None
 
 
-def _dx_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Of dx for operands of `dtype`: narrow where narrow products exist, else torch multiplies float32."""
-    return dtype if _multiplies(dtype) else torch.float32
+def _dx_dtype(rows: RowChunk, dtype: torch.dtype) -> torch.dtype:
+    """Of dx for operands of `dtype`: narrow where narrow products exist, float32 for torch's and for rows' supports."""
+    return dtype if rows.offsets is None and _multiplies(dtype) else torch.float32
+
+
+def _factors(objective: RowObjective) -> dict[str, float]:
+    return {
+        "entropy_gradient": -objective.config.entropy_coef / float(objective.tokens.bonus_count),
+        "grad_scale": 1.0 if objective.grad_scale is None else float(objective.grad_scale),
+    }
+
+
+class NativeSupports:
+    """Rows' supports and what is gathered for them as C++ takes them, and what the addresses point to."""
+
+    def __init__(self, hidden: Tensor | None, weight: Tensor | None, of: RowIds) -> None:
+        hidden = None if hidden is None else hidden.contiguous()
+        like = hidden if weight is None else weight
+        assert like is not None
+        self.kept = (hidden, weight, of)
+        self.operands = _C.Operands(
+            **addresses(hidden=hidden, weight=weight), dtype=_dtype(like.dtype), width=like.shape[1]
+        )
+        self.supports = _C.Supports(**addresses(ids=of.ids, offsets=of.offsets), num_rows=of.offsets.numel() - 1)
 
 
 def _scratch(like: Tensor) -> tuple[Tensor, int]:

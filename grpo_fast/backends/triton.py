@@ -1,7 +1,8 @@
 """The `triton` backend: row functions as Triton kernels (kernels/), products by cuBLAS through torch.
 
     logits   float32 from bf16 operands (`out_dtype`), in tiles of `tile_rows` rows
-    row_*    kernels/row_*.py; one launch a tile
+    row_*    kernels/row_*.py; one launch a tile, or for all rows on supports
+    sparse_* kernels/sparse_*.py; no products
     dx       bf16 or fp16 in memory of its own, many tiles of it, so that the weight's gradient is added up rarely
 
 Rows are padded to 64 elements, so that 16-byte accesses serve every vocabulary. Runs on NVIDIA sm_80 and up, and on the
@@ -21,6 +22,7 @@ from grpo_fast.backends.base import (
     GroupFunctions,
     ObjectiveResults,
     RowChunk,
+    RowIds,
     RowObjective,
     RowSlopes,
     RowStatistics,
@@ -58,20 +60,14 @@ class TritonBackend(TorchBackend):
         return dx_over(logits, dtype)
 
     def statistics(self, rows: RowChunk, out: RowStatistics) -> None:
-        if rows.offsets is not None:
-            super().statistics(rows, out)
-            return
         from grpo_fast.kernels.row_statistics import row_statistics_of
 
         row_statistics_of(_rows(rows), out)
 
     def gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-        if rows.offsets is not None:
-            return super().gradient(rows, slopes, dtype=dtype, out=out)
         from grpo_fast.kernels.row_gradient import row_gradient_of
 
-        chunk = _rows(rows)
-        dx = self.dx_place(rows.logits, dtype) if out is None else out
+        chunk, dx = _rows(rows), self._dx(rows, dtype, out)
         row_gradient_of(chunk, **slopes.tensors(), dx=dx, vocab_start=rows.vocab_start)
         return dx
 
@@ -84,15 +80,14 @@ class TritonBackend(TorchBackend):
         dtype: torch.dtype,
         out: Tensor | None = None,
     ) -> Tensor:
-        if (kernel := objective.kernel) is None or rows.offsets is not None:
+        if (kernel := objective.kernel) is None:
             return super().objective_rows(rows, objective, results, dtype=dtype, out=out)
         from grpo_fast.kernels.row_objective import row_objective_of
 
-        chunk, device = _rows(rows), rows.logits.device
-        dx = self.dx_place(rows.logits, dtype) if out is None else out
+        dx = self._dx(rows, dtype, out)
         row_objective_of(
-            chunk,
-            _objective(kernel, device),
+            _rows(rows),
+            _objective(kernel, rows.logits.device),
             objective.tensors(),
             dx,
             entropy_gradient=objective.entropy_slope(),
@@ -100,6 +95,59 @@ class TritonBackend(TorchBackend):
             results=results,
         )
         return dx
+
+    def _dx(self, rows: RowChunk, dtype: torch.dtype, out: Tensor | None) -> Tensor:
+        """Where dx goes: of rows of their own lengths over the products, in float32."""
+        if rows.offsets is not None:
+            return rows.logits
+        return self.dx_place(rows.logits, dtype) if out is None else out
+
+    def sparse_share(self, dtype: torch.dtype, device: torch.device) -> int:
+        """Predicted (kernels/PREDICTIONS.md): 6 V flops an element of H at a product's rate, against three gathers."""
+        return 192 if dtype.itemsize == 2 else 32
+
+    def sparse_logits(self, hidden: Tensor, weight: Tensor, of: RowIds, out: Tensor) -> None:
+        from grpo_fast.kernels.sparse_rows import sparse_logits
+
+        sparse_logits(hidden, weight, of.ids, of.offsets, out)
+
+    def sparse_grad_hidden(self, dx: Tensor, weight: Tensor, of: RowIds, out: Tensor) -> None:
+        from grpo_fast.kernels.sparse_rows import sparse_grad_hidden
+
+        sparse_grad_hidden(dx, weight, of.ids, of.offsets, out)
+
+    def sparse_grad_weight(self, dx: Tensor, hidden: Tensor, of: RowIds, out: Tensor) -> None:
+        from grpo_fast.kernels.sparse_weight import sparse_grad_weight
+
+        sparse_grad_weight(dx, hidden, *of.by_id, out)
+
+    def sparse_objective(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        of: RowIds,
+        rows: RowChunk,
+        objective: RowObjective,
+        results: ObjectiveResults,
+        grad_hidden: Tensor | None,
+    ) -> Tensor:
+        if (kernel := objective.kernel) is None:
+            return super().sparse_objective(hidden, weight, of, rows, objective, results, grad_hidden)
+        from grpo_fast.kernels.sparse_rows import sparse_objective
+
+        sparse_objective(
+            hidden,
+            weight,
+            of.ids,
+            _rows(rows),
+            _objective(kernel, rows.logits.device),
+            objective.tensors(),
+            grad_hidden,
+            entropy_gradient=objective.entropy_slope(),
+            grad_scale=objective.scale_tensor(),
+            results=results,
+        )
+        return rows.logits
 
     def scale(self, gradient: Tensor, factor: Tensor) -> Tensor:
         """Without any traffic where the factor is 1, which the host does not know."""
@@ -142,7 +190,15 @@ def _rows(rows: RowChunk):  # type: ignore[no-untyped-def]
     from grpo_fast.kernels.rows import Rows
 
     head, transform = rows.transform.head, rows.transform
-    return Rows(rows.logits, rows.targets, transform.bias, head.logit_scale, head.softcap, transform.temperature)
+    return Rows(
+        rows.logits,
+        rows.targets,
+        transform.bias,
+        head.logit_scale,
+        head.softcap,
+        transform.temperature,
+        None if rows.offsets is None else rows.offsets.contiguous(),
+    )
 
 
 @lru_cache(maxsize=64)

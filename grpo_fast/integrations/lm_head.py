@@ -8,6 +8,9 @@ Everything happens inside the model's forward, so wrappers do their work around 
 parameters, autocast is in force, peft's adapters and prompts are in place. Without `fused_lm_head` the forward is the
 one it was. A head sharded on its own (an FSDP2 DTensor, DeepSpeed ZeRO-3) is gathered for the call.
 
+`support=Support(...)` beside it says which tokens each label was sampled from: rows as in `labels`, flattened, or as
+many of the last ones of every sequence; the others' are the whole vocabulary.
+
 The keyword `fused_lm_head` and the fields of the output are those of TRL's `add_fused_lm_head` (1.15 and later), so
 what calls that works with this. Legend: B sequences, L their length, C the last positions that carry a loss.
 """
@@ -16,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +32,7 @@ from transformers.utils import ModelOutput
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.head import head_of
 from grpo_fast.loss import LossOutput, grpo_loss, token_logprobs
+from grpo_fast.packing import Support
 
 IGNORED = -100
 
@@ -91,8 +95,10 @@ class Objective:
             "entropy_normalizer": entropy_normalizer,
         }
 
-    def loss(self, hidden: Tensor, weight: Tensor, targets: Tensor, **head: Any) -> LossOutput:
-        """`grpo_loss` of the last C of `hidden` `[B, L-1, H]` and `targets` `[B, L-1]`."""
+    def loss(
+        self, hidden: Tensor, weight: Tensor, targets: Tensor, *, support: Support | None = None, **head: Any
+    ) -> LossOutput:
+        """`grpo_loss` of the last C of `hidden` `[B, L-1, H]` and `targets` `[B, L-1]`; `support` as in `forward`."""
         length, device = self.loss_mask.shape[1], hidden.device
         everything: dict[str, Any] = dict(head)
         for name, value in self.options.items():
@@ -103,6 +109,7 @@ class Objective:
             targets[:, -length:],
             self.advantages.to(device),
             loss_mask=self.loss_mask.to(device).bool(),
+            support=fit_support(support, self.loss_mask.shape, device),
             **everything,
         )
 
@@ -143,6 +150,7 @@ class FusedHead:
         labels: Tensor | None,
         shift_labels: Tensor | None,
         num_items_in_batch: Tensor | int | None,
+        support: Support | None,
     ) -> FusedHeadOutput:
         """The backbone's forward and, from its states, what was asked for."""
         if labels is None and shift_labels is None:
@@ -162,7 +170,7 @@ class FusedHead:
         else:
             targets = shift_labels.to(weight.device)
         mask = targets != IGNORED
-        result = self._score(request, hidden, weight, bias, targets.clamp(min=0), mask)
+        result = self._score(request, hidden, weight, bias, targets.clamp(min=0), mask, support)
         if result.loss is None:
             assert result.log_probs is not None
             count = mask.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
@@ -180,6 +188,7 @@ class FusedHead:
         bias: Tensor | None,
         targets: Tensor,
         mask: Tensor,
+        support: Support | None,
     ) -> FusedHeadOutput:
         context: Any = nullcontext()
         if self.cast_to_fp32:
@@ -189,16 +198,38 @@ class FusedHead:
         head: dict[str, Any] = {"bias": bias, "head": self.config, **self.options}
         with context:
             if not isinstance(request, Objective):
-                scores = token_logprobs(hidden, weight, targets, temperature=self.temperature, loss_mask=mask, **head)
+                head |= {"loss_mask": mask, "support": fit_support(support, targets.shape, hidden.device)}
+                scores = token_logprobs(hidden, weight, targets, temperature=self.temperature, **head)
                 assert scores.entropy is not None
                 # Copies: FSDP2 warns of outputs that are views.
                 return FusedHeadOutput(log_probs=scores.logprobs.clone(), entropy=scores.entropy.clone())
-            out = self.last = request.loss(hidden, weight, targets, **head)
+            out = self.last = request.loss(hidden, weight, targets, support=support, **head)
         assert out.entropy is not None
         before = targets.shape[1] - out.logprobs.shape[1]
         return FusedHeadOutput(
             loss=out.loss, log_probs=F.pad(out.logprobs, (before, 0)), entropy=F.pad(out.entropy, (before, 0))
         )
+
+
+def fit_support(support: Support | None, shape: Sequence[int], device: torch.device) -> Support | None:
+    """Rows of `shape` `[B, L]`, on `device`: the last L of each sequence, after empty ones where there are fewer.
+
+    Raises:
+        ValueError: not as many rows for each sequence.
+    """
+    if support is None:
+        return None
+    count, length = shape
+    given, rest = divmod(support.num_rows, max(count, 1))
+    if rest:
+        raise ValueError(f"support: expected as many rows for each of {count} sequences; got {support.num_rows}")
+    if given > length:
+        rows = torch.arange(support.num_rows, device=support.offsets.device).view(count, given)
+        support = support[rows[:, given - length :].reshape(-1)]
+    elif given < length:
+        sizes = F.pad(support.sizes.view(count, given), (length - given, 0))
+        support = Support.trusted(support.token_ids, F.pad(sizes.reshape(-1).cumsum(0), (1, 0)))
+    return support.to(device)
 
 
 def fuse_lm_head(
@@ -253,10 +284,13 @@ def _with_fused_head(original: Callable[..., Any], head: FusedHead) -> Callable[
         labels: Tensor | None = None,
         shift_labels: Tensor | None = None,
         num_items_in_batch: Tensor | int | None = None,
+        support: Support | None = None,
         **kwargs: Any,
     ) -> Any:
         if fused_lm_head is not False:
-            return head.run(self, fused_lm_head, args, kwargs, labels, shift_labels, num_items_in_batch)
+            return head.run(self, fused_lm_head, args, kwargs, labels, shift_labels, num_items_in_batch, support)
+        if support is not None:
+            raise ValueError("support: expected None without fused_lm_head, as logits are of the whole vocabulary")
         given = {"labels": labels, "shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
         return original(*args, **kwargs, **{name: value for name, value in given.items() if value is not None})
 

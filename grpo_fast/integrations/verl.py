@@ -10,6 +10,15 @@ verl imports the modules that the variable names in every worker; imported so, t
 - The head: `FusedLinearForPPO`, which verl's fused forward of every model family calls with the last states, becomes
   grpo-fast's. It is the one of `impl_backend` torch and liger; triton keeps verl's kernel. Like verl's it knows neither
   a bias nor a soft cap of the head.
+- Supports (`docs/support.md`): a rollout that samples with top-p or top-k and knows what it kept puts ids `[B, R, K]`
+  int32, padded with -1, into its `DataProto` beside `responses`, as batch["rollout_support"]; verl reorders, splits and
+  moves it like any tensor. verl's forward passes no more than labels to its head, so the engine says which rows:
+
+      class Engine(FSDPEngineWithLMHead):
+          def forward_step(self, micro_batch, loss_function, forward_only):
+              ids, mask = micro_batch["rollout_support"], micro_batch["attention_mask"]
+              with on_support(packed_support(ids, micro_batch["input_ids"].values(), mask)):
+                  return super().forward_step(micro_batch, loss_function, forward_only)
 - The objectives, registered with `register_policy_loss` as grpo_fast_<name>, `OBJECTIVES`. verl aggregates them by its
   `loss_agg_mode` and adds entropy bonus and KL itself; clip bounds, dual clip and SAPO's temperatures are the actor's.
 """
@@ -18,9 +27,13 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from grpo_fast.config import LossConfig
@@ -28,8 +41,11 @@ from grpo_fast.integrations.terms import clipped_share, masked_mean, token_terms
 from grpo_fast.integrations.versions import require
 from grpo_fast.loss import token_logprobs
 from grpo_fast.losses import LOSSES
+from grpo_fast.packing import Support
 
 logger = logging.getLogger("grpo_fast")
+
+_support: ContextVar[Support | None] = ContextVar("support", default=None)
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "grpo"},
@@ -45,11 +61,17 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
 """Names after `grpo_fast_`, and what they are; `dual` is verl's own `vanilla`."""
 
 
-def fused_linear(hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Any = 1.0) -> tuple[Tensor, Tensor]:
-    """(log-probabilities, entropies) of `targets` `[...]`, float32, from `hidden` `[..., H]` and `weight` `[V, H]`."""
+def fused_linear(
+    hidden: Tensor, weight: Tensor, targets: Tensor, temperature: Any = 1.0, support: Support | None = None
+) -> tuple[Tensor, Tensor]:
+    """(log-probabilities, entropies) of `targets` `[...]`, float32, from `hidden` `[..., H]` and `weight` `[V, H]`.
+
+    Args:
+        support: the tokens that each target was sampled from, rows as in `targets`, flattened.
+    """
     if isinstance(temperature, Tensor):
         temperature = temperature.item() if temperature.numel() == 1 else temperature.reshape(targets.shape)
-    scores = token_logprobs(hidden, weight.to(hidden.dtype), targets, temperature=temperature)
+    scores = token_logprobs(hidden, weight.to(hidden.dtype), targets, temperature=temperature, support=support)
     assert scores.entropy is not None
     return scores.logprobs, scores.entropy
 
@@ -63,10 +85,50 @@ class FusedLinearForPPO(nn.Module):
     def forward(
         self, hidden_states: Tensor, vocab_weights: Tensor, input_ids: Tensor, temperature: float = 1.0
     ) -> tuple[Tensor, Tensor]:
-        """(log_probs, entropy) in the shape of input_ids."""
+        """(log_probs, entropy) in the shape of input_ids; on the support that `on_support` gives."""
         from grpo_fast.integrations.lm_head import whole
 
-        return fused_linear(hidden_states, whole(vocab_weights), input_ids, temperature)
+        return fused_linear(hidden_states, whole(vocab_weights), input_ids, temperature, _support.get())
+
+
+@contextmanager
+def on_support(support: Support | None) -> Iterator[None]:
+    """The fused head's forwards in this block are on `support`, rows as in verl's rolled labels."""
+    token = _support.set(support)
+    try:
+        yield
+    finally:
+        _support.reset(token)
+
+
+def packed_support(ids: Tensor, tokens: Tensor, attention_mask: Tensor) -> Support:
+    """Responses' supports in the layout of verl's labels: padding removed, rolled by one.
+
+    A prompt's tokens get themselves as a support: log-probability and entropy 0, and not computed.
+
+    Args:
+        ids: `[B, R, K]` integers, of the last R columns, -1 where a token has fewer than K; a token without any was
+            drawn from the whole vocabulary.
+        tokens: `[T]`, the batch's tokens without padding.
+        attention_mask: `[B, L]`, prompts and responses.
+
+    Returns:
+        `[T]` rows; row t is of token t + 1, the last of the first.
+
+    Raises:
+        ValueError: shapes that do not go together, or as `Support.from_padded`.
+    """
+    mask = attention_mask.bool()
+    prompt = mask.shape[1] - ids.shape[1]
+    if ids.dim() != 3 or len(ids) != len(mask) or prompt < 0 or tokens.shape != (int(mask.sum()),):
+        raise ValueError(
+            f"ids, tokens: expected [B, R, K], R <= L, and [{int(mask.sum())}], for attention_mask [B, L] = "
+            f"{list(mask.shape)}; got {list(ids.shape)} and {list(tokens.shape)}"
+        )
+    packed = F.pad(ids, (0, 0, prompt, 0), value=-1)[mask]
+    in_prompt = (torch.arange(mask.shape[1], device=mask.device) < prompt).expand_as(mask)[mask]
+    packed[:, 0] = torch.where(in_prompt, tokens.to(ids.dtype), packed[:, 0])
+    return Support.from_padded(packed.roll(-1, 0))
 
 
 def loss_config(name: str, actor: Any) -> LossConfig:

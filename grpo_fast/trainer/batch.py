@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from grpo_fast.head import hidden_states
+from grpo_fast.packing import Support
 from grpo_fast.trainer.attention import NAME, PackLayout, attention_set_to
 from grpo_fast.trainer.errors import ModelError
 
@@ -36,6 +37,7 @@ class Experience:
         advantages: `[B]` float32.
         in_loss: `[B]` bool; False for truncated completions that are left out.
         old_logprobs, ref_logprobs: `[N]` float32 or None; NaN where nothing needs them.
+        support: N rows, the words that each token was drawn from (int32); None: the loss is of the whole vocabulary.
     """
 
     num_generations: int
@@ -48,6 +50,7 @@ class Experience:
     in_loss: Tensor
     old_logprobs: Tensor | None = None
     ref_logprobs: Tensor | None = None
+    support: Support | None = None
 
     @property
     def num_completions(self) -> int:
@@ -71,6 +74,9 @@ class Experience:
         """Everything as named tensors; `Experience.from_tensors` reads it back."""
         present = {field.name: getattr(self, field.name) for field in fields(self)}
         present["num_generations"] = torch.tensor(self.num_generations)
+        support = present.pop("support")
+        if support is not None:
+            present |= {"support.token_ids": support.token_ids, "support.offsets": support.offsets}
         return {name: value for name, value in present.items() if value is not None}
 
     @staticmethod
@@ -78,6 +84,8 @@ class Experience:
         """The experience that `tensors()` gave."""
         values: dict[str, Any] = dict(tensors)
         values["num_generations"] = int(tensors["num_generations"])
+        if "support.token_ids" in values:
+            values["support"] = Support(values.pop("support.token_ids"), values.pop("support.offsets"))
         return Experience(**values)
 
 
@@ -93,6 +101,7 @@ class MicroBatch:
         cu_seqlens: `[S+1]` int64 bounds of the completions among the rows.
         completions: `[S]` their numbers in the experience (CPU).
         token_index: `[R]` where each row stands in the experience's `[N]` tensors (CPU).
+        support: of the targets, R rows; or None.
     """
 
     input_ids: Tensor
@@ -103,6 +112,7 @@ class MicroBatch:
     cu_seqlens: Tensor
     completions: Tensor
     token_index: Tensor
+    support: Support | None = None
 
     @property
     def num_rows(self) -> int:
@@ -210,12 +220,17 @@ def _build(experience: Experience, pack: Sequence[int], implementation: str, dev
     }
     names = layout.tensors().keys()
     # The layout has bounds too, of other sequences.
-    moved = move_together({**layout.tensors(), **own, "bounds": bounds([len(span) for span in spans])}, device)
+    others = {"bounds": bounds([len(span) for span in spans])}
+    support = None if experience.support is None else experience.support[token_index]
+    if support is not None:
+        others |= {"support_ids": support.token_ids, "support_offsets": support.offsets}
+    moved = move_together({**layout.tensors(), **own, **others}, device)
     return MicroBatch(
         layout=layout.with_tensors({name: moved[name] for name in names}),
         cu_seqlens=moved["bounds"],
         completions=torch.tensor(list(pack)),
         token_index=token_index,
+        support=None if support is None else Support.trusted(moved["support_ids"], moved["support_offsets"]),
         **{name: moved[name] for name in own},
     )
 

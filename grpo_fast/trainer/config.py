@@ -7,7 +7,10 @@ the defaults, is checked by `TrainConfig`.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from grpo_fast.config import LossConfig, require_choice, require_number
@@ -150,6 +153,34 @@ class RolloutConfig:
         require_number("rollout.min_p", self.min_p, at_least=0, at_most=1, optional=True)
         require_number("rollout.repetition_penalty", self.repetition_penalty, above=0)
 
+    @property
+    def truncates(self) -> bool:
+        """Whether tokens are drawn from a part of the vocabulary. (A repetition penalty moves mass, but cuts none.)"""
+        return self.top_k > 0 or self.top_p < 1 or bool(self.min_p)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunLossConfig(LossConfig):
+    """The loss of a run: the library's options, and what of the rollout the trainer gives it."""
+
+    support: str = "auto"
+    """`auto`: where top_p, top_k or min_p cut, log-probabilities (old and reference ones too), entropies and gradients
+    are those of the distribution on the words that were kept, and the head costs as many dot products; `off`: of the
+    whole vocabulary (docs/support.md)."""
+
+    def __post_init__(self) -> None:
+        if self.support in (False, "False"):  # what YAML makes of a bare off
+            object.__setattr__(self, "support", "off")
+        require_choice("support", self.support, ("auto", "off"))
+        super().__post_init__()
+
+    @cached_property
+    def key(self) -> str:
+        """Of the library's options: `support` is the trainer's."""
+        options = dataclasses.asdict(self)
+        del options["support"]
+        return json.dumps(options, sort_keys=True)
+
 
 @dataclass
 class AdvantageConfig:
@@ -233,7 +264,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     rewards: list[RewardConfig] = field(default_factory=list)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
+    loss: RunLossConfig = field(default_factory=RunLossConfig)
     advantages: AdvantageConfig = field(default_factory=AdvantageConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
@@ -306,6 +337,11 @@ class TrainConfig:
             raise ValueError(f"data.train, data.task: expected one of the two; got {given}")
         if self.data.system_prompt is not None and self.data.task is not None and not self.data.chat_template:
             raise ValueError("data.system_prompt: needs data.chat_template=true for the text prompts of a task")
+
+    @property
+    def records_support(self) -> bool:
+        """Whether the sampler keeps which words it drew from."""
+        return self.loss.support == "auto" and self.rollout.truncates
 
     @property
     def completions_per_step(self) -> int:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.advantages import Aggregation, Scale, group_advantages
+from grpo_fast.packing import Support
 from grpo_fast.trainer.batch import Experience, bounds
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.data import Example, render_prompt
@@ -129,7 +130,23 @@ def to_experience(rollout: ScoredRollout, config: TrainConfig) -> Experience:
             aggregation=cast(Aggregation, config.advantages.multi_objective_aggregation),
         ),
         in_loss=finished if config.mask_truncated_completions else torch.ones_like(finished),
+        support=None if config.loss.support == "off" else _support_of(completions),
     )
+
+
+def _support_of(completions: Sequence[Completion]) -> Support | None:
+    """Of all tokens, on the host; rows of completions that have none stand for the whole vocabulary."""
+    if all(completion.support is None for completion in completions):
+        return None
+    parts = []
+    for completion in completions:
+        if completion.support is None:
+            nothing = torch.zeros(0, dtype=torch.int32)
+            parts.append(Support(nothing, torch.zeros(len(completion.token_ids) + 1, dtype=torch.int64)))
+        else:
+            parts.append(completion.support.to("cpu"))
+    whole = Support.cat(parts)
+    return Support.trusted(whole.token_ids.int(), whole.offsets)
 
 
 def rollout_metrics(rollout: ScoredRollout) -> dict[str, float]:

@@ -146,7 +146,7 @@ class Run:
         self.train_seconds = 0.0
         self._config, self._updater, self._rewards, self._data = config, updater, rewards, data
         self._policy: Policy = updater.policy
-        self._engine = engine or HFRollout(self._policy, config.rollout)
+        self._engine = engine or HFRollout(self._policy, config.rollout, supports=config.records_support)
         self._eval_engine = engine or HFRollout(self._policy, config.rollout, temperature=config.eval.temperature)
         self._sampler = PromptSampler(len(data.train), config.data.seed)
         self._output_dir = Path(config.output_dir)

@@ -11,8 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_fast.config import LossConfig
-from grpo_fast.trainer.config import RewardConfig, TrainConfig
+from grpo_fast.trainer.config import RewardConfig, RunLossConfig, TrainConfig
 from grpo_fast.trainer.errors import ConfigError
 from grpo_fast.trainer.modules import load_module
 
@@ -137,7 +136,7 @@ def _build(given: Any, overrides: Sequence[str]) -> TrainConfig:
     except ValueError as error:
         line = _one_line(error)
         # The loss's options are checked where recipes are not known.
-        of_loss = line.partition(":")[0].partition(".")[0] in {item.name for item in dataclasses.fields(LossConfig)}
+        of_loss = line.partition(":")[0].partition(".")[0] in {item.name for item in dataclasses.fields(RunLossConfig)}
         raise ConfigError(f"loss.{line}" if of_loss else line) from error
 
 

@@ -14,14 +14,16 @@ from typing import Any
 import torch
 
 from grpo_fast.config import LossConfig
-from grpo_fast.loss import Metrics, grpo_loss, token_logprobs
+from grpo_fast.loss import Metrics, grpo_loss, sparse_limit, token_logprobs
 from grpo_fast.losses import CLIP_METRICS
 from grpo_fast.objectives import needs_every_row, sequence_share
+from grpo_fast.packing import Support
 from grpo_fast.trainer.batch import Experience, MicroBatch, build_microbatches
 from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.errors import ConfigError
 from grpo_fast.trainer.model import Policy
 from grpo_fast.trainer.optim import MasterWeights, Optimizer
+from grpo_fast.trainer.support import support_metrics, support_sizes, words_multiplied
 
 
 class NonFiniteUpdate(Exception):  # noqa: N818 - the loop turns it into NonFiniteError, once the batch is saved
@@ -60,8 +62,8 @@ class Updater:
         """Fill in the logprobs that the experience's steps need besides the current ones.
 
         Those of the policy before its first step, if there will be several: with one step the current policy is the
-        old one. Those of the reference, if `loss.beta` is not 0. Packs are those of the updates, so that the numbers
-        are comparable to the last bit.
+        old one. Those of the reference, if `loss.beta` is not 0. Packs and supports are those of the updates, so that
+        the numbers are comparable to the last bit.
         """
         num_steps = len(minibatches) * self._config.num_iterations
         if num_steps > 1:
@@ -90,7 +92,8 @@ class Updater:
             [pack.layout.padding_fraction for pack in packs], [pack.layout.source.numel() for pack in packs]
         )
         metrics["num_microbatches"] = float(len(packs))
-        metrics["update_flops"] = self._flops(packs)
+        metrics["update_flops"] = self._flops(experience, packs)
+        metrics |= self._support_metrics(experience, completions)
         metrics["learning_rate"] = self.optimizer.learning_rate
         metrics["grad_norm"] = self.optimizer.clip()
         for name in ("loss", "grad_norm"):
@@ -102,13 +105,29 @@ class Updater:
         """Take the step whose gradients were computed last."""
         self.optimizer.step()
 
-    def _flops(self, packs: Sequence[MicroBatch]) -> float:
+    def _flops(self, experience: Experience, packs: Sequence[MicroBatch]) -> float:
         """Floating-point operations of the matrix products of a step, attention not counted: 6 a weight and token, or
-        4 where weights are frozen."""
+        4 where weights are frozen; of the head's weights those that a token's row is multiplied with."""
         factor = 4.0 if self.policy.is_lora else 6.0
-        head = self.policy.head().weight.numel()
-        body = self.policy.num_parameters - head
-        return sum(factor * (body * pack.input_ids.numel() + head * pack.num_rows) for pack in packs)
+        vocab, width = self.policy.head().weight.shape
+        body = self.policy.num_parameters - vocab * width
+        words = sum(pack.num_rows for pack in packs) * vocab
+        if experience.support is not None:
+            sizes, limit = support_sizes(experience.support, vocab), self._sparse_limit()
+            words = sum(words_multiplied(sizes[pack.token_index], vocab, limit) for pack in packs)
+        return factor * (body * sum(pack.input_ids.numel() for pack in packs) + width * words)
+
+    def _sparse_limit(self) -> int:
+        return sparse_limit(self.policy.head().weight, self._scoring["backend"])
+
+    def _support_metrics(self, experience: Experience, completions: Sequence[int]) -> dict[str, float]:
+        """Of the supports of some completions' tokens, and the host's memory that all take; none without supports."""
+        support, spans = experience.support, [experience.span(number) for number in completions]
+        if support is None or not any(spans):
+            return {}
+        index = torch.cat([torch.arange(span.start, span.stop) for span in spans])
+        sizes = support_sizes(support, self.policy.head().weight.shape[0])[index]
+        return support_metrics(sizes, self._sparse_limit()) | {"support/host_mib": support.nbytes / 2**20}
 
     def _packs(self, experience: Experience, completions: Sequence[int]) -> list[MicroBatch]:
         """Micro-batches of the completions that can have a gradient."""
@@ -138,6 +157,7 @@ class Updater:
             pack.targets,
             cu_seqlens=pack.cu_seqlens,
             **pack.loss_inputs(experience),
+            support=pack.support,
             config=self._config.loss,
             normalizer=self._normalizer(experience, completions),
             entropy_normalizer=self._entropy_normalizer(packs),
@@ -151,21 +171,31 @@ class Updater:
     def _try_loss(self) -> None:
         """Run the loss on one token and eight words, so that a backend or plan that cannot serve says so now.
 
+        Where there will be supports: on two tokens and more words, one of either kind that supports make of rows.
+
         Raises:
             ConfigError: it cannot.
         """
-        head = self.policy.head()
-        weight = head.weight.detach()[:8].clone().requires_grad_(head.weight.requires_grad)
-        zero = torch.zeros(1, device=weight.device)
+        head, num_words, support = self.policy.head(), 8, None
+        device = head.weight.device
+        if self._config.records_support:
+            num_words = min(1024, head.weight.shape[0])
+            ids = torch.cat([torch.arange(2), torch.arange(num_words - 1)]).int()
+            support = Support(ids, torch.tensor([0, 2, num_words + 1])).to(device)
+        num_tokens = 1 if support is None else support.num_rows
+        weight = head.weight.detach()[:num_words].clone().requires_grad_(head.weight.requires_grad)
+        zero = torch.zeros(num_tokens, device=device)
         try:
             grpo_loss(
-                torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device, requires_grad=True),
+                torch.zeros(num_tokens, weight.shape[1], dtype=weight.dtype, device=device, requires_grad=True),
                 weight,
-                torch.zeros(1, dtype=torch.int64, device=weight.device),
-                zero + 1,
+                torch.zeros(num_tokens, dtype=torch.int64, device=device),
+                torch.ones(1, device=device),
+                cu_seqlens=torch.tensor([0, num_tokens], device=device),
                 ref_logprobs=zero,
                 sampling_logprobs=zero,
-                bias=None if head.bias is None else head.bias.detach()[:8],
+                support=support,
+                bias=None if head.bias is None else head.bias.detach()[:num_words],
                 head=head.config,
                 config=self._config.loss,
                 **self._updating,
@@ -221,6 +251,7 @@ class Updater:
                         policy.head(),
                         pack.targets,
                         config=self._config.loss,
+                        support=pack.support,
                         ignore_index=None,
                         entropy=False,
                         **self._scoring,
