@@ -253,6 +253,7 @@ def markdown(records: Sequence[Record]) -> str:
     commit, dirty = first["machine"]["commit"], first["machine"]["dirty"]
     name = yardstick(first)
     beatable = "" if name == "floor" else "; a reference and no floor: faster products than torch's go below 1"
+    dense = " With supports, x dense is over the step without them in the same rounds, whose GEMMs stand at the top."
     versions = ", ".join(f"{package} {version}" for package, version in first["machine"]["packages"].items())
     lines = [
         "# Benchmarks",
@@ -266,8 +267,7 @@ def markdown(records: Sequence[Record]) -> str:
         "whatever a contender really did. Peak: memory beyond the "
         f"inputs, gradients included ({first['memory_method'] or 'not measurable here'}). Errors against float64: "
         "log-probabilities in nats (RMS), the worse of the two gradients (relative RMS). *: computes no entropy, so it "
-        "does less than the others. With supports, x dense is over the step without them in the same rounds, and the "
-        "GEMMs are those of that step.",
+        "does less than the others." + (dense if any(supports(record) is not None for record in records) else ""),
         "",
         *summary(records),
     ]

@@ -7,7 +7,8 @@ Three arms, three seeds each, one run after another in processes of their own, s
 
     everything   rollout.top_p=1: samples and trains over the whole vocabulary
     support      rollout.top_p=0.95: trains on the words that top-p kept
-    off          rollout.top_p=0.95 loss.support=off: samples from some, trains on all; its ratios show what is wrong
+    off          rollout.top_p=0.95 loss.support=off: samples from some, trains on all. The difference between its log p
+                 and the sampler's is more than rounding
 
 Keeps metrics.jsonl and config.yaml of each run, machine.json, support_demo.md and support_demo.png.
 """
@@ -126,7 +127,8 @@ QUANTITIES: dict[str, Callable[[Rows], float | None]] = {
     "first step: largest ratio": _at_first("ratio/max"),
     "first step: |log p - sampler's|, nats, mean": _at_first("sampling/sampling_logp_difference/mean"),
     "support, mean": _mean("support/mean"),
-    "support, single words": _mean("support/singleton_fraction"),
+    "support, share of single words": _mean("support/singleton_fraction"),
+    "support, share of sparse rows": _mean("support/sparse_fraction"),
 }
 
 

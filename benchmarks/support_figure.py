@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
-AXIS = "support_size_Qwen3-0.6B"
 INK, MUTED, GRID = "#1f2328", "#6e7781", "#e6e8eb"
 
 
@@ -37,15 +36,15 @@ def ratios_to_dense(records: Sequence[Mapping[str, Any]], axis: str) -> dict[str
     return {name: tuple(map(list, zip(*sorted(found), strict=True))) for name, found in points.items()}  # type: ignore[misc]
 
 
-def draw(records: Sequence[Mapping[str, Any]], models: Mapping[str, Any], png: Path) -> None:
-    """Both panels."""
+def draw(records: Sequence[Mapping[str, Any]], axis: str, models: Mapping[str, Any], png: Path) -> None:
+    """Both panels; the first of the records of `axis`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11.5, 4.6), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     cost, bias = figure.subplots(1, 2)
-    _draw_cost(cost, records)
+    _draw_cost(cost, records, axis)
     _draw_bias(bias, models)
     for axes in (cost, bias):
         axes.grid(color=GRID, linewidth=0.8)
@@ -55,13 +54,13 @@ def draw(records: Sequence[Mapping[str, Any]], models: Mapping[str, Any], png: P
     figure.savefig(png, facecolor="white")
 
 
-def _draw_cost(axes: Any, records: Sequence[Mapping[str, Any]]) -> None:
+def _draw_cost(axes: Any, records: Sequence[Mapping[str, Any]], axis: str) -> None:
     """Time over the dense step's against the size, both logarithmic."""
     from benchmarks.baselines import MASKED, SPARSE
     from benchmarks.charts import COLOURS, tick_labels
 
-    series = ratios_to_dense(records, AXIS)
-    first = next(record for record in records if record.get("growth") == AXIS)
+    series = ratios_to_dense(records, axis)
+    first = next(record for record in records if record.get("growth") == axis)
     case, limit = first["case"], first["support"]["sparse_limit"]
     for name, colour, label in (
         (SPARSE, COLOURS[0], "sparse: gathered rows of the weight"),
@@ -85,7 +84,7 @@ def _draw_cost(axes: Any, records: Sequence[Mapping[str, Any]]) -> None:
     axes.set_ylabel("time of a step / without a support", color=MUTED, fontsize=9)
     title = f"Cost (T {case['tokens']}, H {case['hidden']}, V {case['vocab']})"
     axes.set_title(title, loc="left", color=INK, fontsize=11, fontweight="bold")
-    axes.legend(fontsize=8.5, frameon=False, loc="center left", bbox_to_anchor=(0.01, 0.66), labelcolor=INK)
+    axes.legend(fontsize=8.5, frameon=False, loc="best", labelcolor=INK)
 
 
 def _draw_bias(axes: Any, models: Mapping[str, Any]) -> None:
@@ -120,9 +119,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("paths", nargs="+", type=Path, help="files of pytest --benchmark-json")
+    parser.add_argument("--model", default="Qwen3-0.6B", help="whose head the first panel is of (default: %(default)s)")
     parser.add_argument("--out", type=Path, default=REPO / "docs" / "support.png")
     given = parser.parse_args(arguments)
-    draw(load(given.paths), json.loads(RECORDED.read_text())["models"], given.out)
+    axis = f"support_size_{given.model}"
+    draw(load(given.paths), axis, json.loads(RECORDED.read_text())["models"], given.out)
     print(given.out)
 
 

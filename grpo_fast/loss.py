@@ -144,7 +144,7 @@ def token_logprobs(
     mask, masked = token_mask(loss_mask, targets, ignore_index, shape, hidden)
     check_target_range(targets.reshape(-1), mask if masked else None, weight.shape[0])
     if support is not None:
-        check_support(support, targets, mask if masked else None, weight.shape[0])
+        check_support(support, targets, mask if masked else None)
     active = ActiveRows(mask) if masked else None
     call = HeadCall.of(hidden, weight, bias, targets, temperature, head, active, engine, workspace_bytes, support)
     logprobs, entropies = head_logprobs(call.planned(plan, scope="batch"), main_grad)
@@ -271,7 +271,7 @@ def grpo_loss(
     tokens, weights = inputs.tokens, inputs.weights
     check_target_range(targets.reshape(-1), tokens.mask, weight.shape[0])
     if support is not None:
-        check_support(support, targets, tokens.mask, weight.shape[0])
+        check_support(support, targets, tokens.mask)
     call = HeadCall.of(hidden, weight, bias, targets, scale, head, inputs.active, engine, workspace_bytes, support)
     scope, row_counts = inputs.scope, None
     if scope == "sequence" and plan in ("auto", "resident") and support is None:

@@ -224,7 +224,7 @@ class Support:
         return Support.trusted(*moved)
 
 
-def check_support(support: object, targets: Tensor, mask: Tensor | None, vocab: int) -> None:
+def check_support(support: object, targets: Tensor, mask: Tensor | None) -> None:
     """A Support of the rows of `targets`, with the targets of unmasked rows in it."""
     if not isinstance(support, Support):
         raise ValueError(f"support: expected a Support or None; got {_described(support)}")
@@ -236,8 +236,6 @@ def check_support(support: object, targets: Tensor, mask: Tensor | None, vocab: 
     if not checks_values(flat):
         return
     ids, rows = support.token_ids, support.rows_of_ids()
-    if ids.numel() and int(ids.max()) >= vocab:
-        raise ValueError(f"support: expected token ids in [0, {vocab}); got {int(ids.max())}")
     missing = support.sizes > 0
     missing[rows[ids == flat[rows]]] = False
     missing = missing if mask is None else missing & mask

@@ -185,7 +185,9 @@ def test_supports_stay_with_their_tokens(folder: Path, classes: tuple[Any, Any],
         trainer.compute_loss(trainer.model, moved)
 
 
-def test_off_is_what_it_was(folder: Path, classes: tuple[Any, Any], tmp_path: Path) -> None:
+def test_off_is_what_it_was(
+    folder: Path, classes: tuple[Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Switched off, a run with top-p logs TRL's numbers; without truncation nothing is recorded and no bit differs."""
     from grpo_fast.integrations.trl import accelerate_trainer
 
@@ -207,6 +209,7 @@ def test_off_is_what_it_was(folder: Path, classes: tuple[Any, Any], tmp_path: Pa
         assert torch.equal(weight, trl_runs.weights_of(whole[1][0])[name]), name
     late = trl_runs.trainer_of(classes[1], tmp_path, top_p=0.7, **options)
     late.grpo_fast.support = "off"
+    monkeypatch.setattr("grpo_fast.integrations.trl.support.Recorder.__call__", None)  # not even looked at
     assert not trl_runs.differences(trl_runs.train(late), theirs, 1e-3)
     with pytest.raises(ValueError, match="support: expected auto or off"):
         run(classes[0], "always")
@@ -310,12 +313,20 @@ def rollout(form: str | None) -> Any:
     return function
 
 
+def unsupported(completions: list[str], **columns: Any) -> list[float]:
+    assert "support" not in columns
+    return trl_runs.letters(completions)
+
+
 def test_a_rollout_function_tells_supports(folder: Path, classes: tuple[Any, Any]) -> None:
-    def run(form: str | None, cls: Any = classes[1]) -> list[dict[str, float]]:
-        trainer = trl_runs.trainer_of(cls, folder, rollout_func=rollout(form), num_iterations=2, max_steps=4, beta=0.1)
+    def run(form: str | None, support: str = "auto") -> list[dict[str, float]]:
+        options = {"num_iterations": 2, "max_steps": 4, "beta": 0.1, "reward_funcs": unsupported}
+        trainer = trl_runs.trainer_of(classes[1], folder, rollout_func=rollout(form), **options)
+        trainer.grpo_fast.support = support
         return trl_runs.train(trainer)
 
     whole, first = run(None), run("lists")
+    assert run("lists", "off") == whole
     assert trl_runs.differences(first, whole, 1e-3)
     for form in ("ids", "support", "mask"):
         assert not trl_runs.differences(run(form), first, 1e-6), form

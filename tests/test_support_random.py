@@ -17,7 +17,7 @@ from tests.cases import BACKENDS, INTERPRETED
 from tests.random_cases import Draw, Settings, build, draw_settings, legal_plans
 from tests.supports import MIXTURES, SHARE, sparse_share
 
-NUM_CASES = 25 if INTERPRETED else 160
+NUM_CASES = 12 if INTERPRETED else 160
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

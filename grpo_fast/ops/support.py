@@ -91,11 +91,14 @@ class Split:
 
 
 def split_rows(support: Support, rows: Tensor | None, targets: Tensor, vocab: int, limit: int) -> Split:
-    """By kind. A GPU is waited for once, twice where rows are masked.
+    """By kind. A GPU is waited for once, twice where rows are masked; then ids are looked at as well.
 
     Args:
         support: of T tokens. rows: `[n]` int64, which are computed; None: all. targets: `[T]`.
         limit: `Backend.sparse_limit`.
+
+    Raises:
+        ValueError: an id is not in [0, V): the weight's rows are gathered by it, on a GPU without anybody looking.
     """
     places = target_places(support.token_ids, support.offsets, support.rows_of_ids(), targets)
     rows = torch.arange(support.num_rows, device=targets.device) if rows is None else rows
@@ -107,9 +110,13 @@ def split_rows(support: Support, rows: Tensor | None, targets: Tensor, vocab: in
     found = [kind.sum() for kind in (whole, masked, sparse)]
     found += [torch.where(kind, sizes, 0).sum() for kind in (masked, sparse)]
     found += [torch.where(kind, sizes, 0).amax() if rows.numel() else sizes.sum() for kind in (masked, sparse)]
-    num_whole, num_masked, num_sparse, masked_ids, sparse_ids, masked_longest, sparse_longest = torch.stack(
-        found
-    ).tolist()
+    ids = support.token_ids if support.token_ids.numel() else places.new_zeros(1)
+    found += [ids.amin().long(), ids.amax().long()]
+    num_whole, num_masked, num_sparse, masked_ids, sparse_ids, masked_longest, sparse_longest, least, most = (
+        torch.stack(found).tolist()
+    )
+    if least < 0 or most >= vocab:
+        raise ValueError(f"support: expected token ids in [0, {vocab}); got {least if least < 0 else most}")
     listed = [
         rows[torch.nonzero_static(kind, size=size)[:, 0]]
         for kind, size in ((whole, num_whole), (masked, num_masked), (sparse, num_sparse))
