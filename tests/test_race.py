@@ -27,7 +27,7 @@ OURS_ALONE = {
     *("output_dir", "logging", "eval", "save_steps", "save_total_limit", "export_final", "resume", "overwrite"),
     *("device", "backend", "plan", "workspace_bytes", "max_tokens_per_microbatch", "rollout.batch_size"),
     *("model.dtype", "model.master_weights", "model.attn_implementation", "model.trust_remote_code"),
-    *("loss.dppo_threshold", "loss.dppo_log_ratio_coef", "loss.dual_clip", "loss.all_token_metrics"),
+    *("loss.support", "loss.dppo_threshold", "loss.dppo_log_ratio_coef", "loss.dual_clip", "loss.all_token_metrics"),
     # Without loss.importance_sampling_mode, which is neutral, these do nothing.
     *("loss.importance_sampling_clip_min", "loss.importance_sampling_clip_max"),
 }
