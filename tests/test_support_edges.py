@@ -296,17 +296,26 @@ def calls(case: Case, support: Any, **options: Any) -> list[Any]:
         (lambda s: s.to("meta"), "support: expected 86 rows on cpu, one a target; got 86 on meta"),
         (lambda s: (s.token_ids, s.offsets), "support: expected a Support or None; got tuple"),
         (lambda s: s.token_ids, "support: expected a Support or None; got torch.int"),
-        (
-            lambda s: Support.cat([s[:-1], as_support([[97, 4]])]),
-            "support: expected token ids in [0, 97); got 97",
-        ),
     ],
-)  # fmt: skip
+)
 def test_wrong_supports(wrong: Any, message: str) -> None:
     case = make_case(1)
     for call in calls(case, wrong(draw_support(case.targets, 97, "mixed", 0))):
         with pytest.raises(ValueError, match=re.escape(message)):
             call()
+
+
+def test_ids_outside_the_vocabulary() -> None:
+    case = make_case(1)
+    support = draw_support(case.targets, 97, "mixed", 0)
+    support = Support.cat([support[:-1], as_support([[97, int(case.targets[-1])]])])
+    for call in calls(case, support):
+        with pytest.raises(ValueError, match=re.escape("support: expected token ids in [0, 97); got 97")):
+            call()
+    weight = case.weight[:50]
+    compiled = torch.compile(lambda: token_logprobs(case.hidden, weight, case.targets % 50, support=support).logprobs)
+    with pytest.raises(ValueError, match=re.escape("support: expected token ids in [0, 50); got 97")):
+        compiled()
 
 
 def without_its_target(case: Case, row: int) -> Support:
