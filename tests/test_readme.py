@@ -159,6 +159,48 @@ def test_numbers_of_growth() -> None:
     assert f"ours takes {ratio} times the reference {span}" in text()
 
 
+def support_rows() -> list[str]:
+    """The README's table of steps on supports."""
+    lines = []
+    for record in report.load([RESULTS / "support" / "loss.json"]):
+        case, by_name = record["case"], timed(record)
+        ours, dense, masked = (
+            by_name[name]["median"] for name in ("grpo-fast", "grpo-fast dense", "plain log-softmax")
+        )
+        title = case["title"].removeprefix("full step, ")
+        lines.append(
+            f"| {case['model']}, {title} | {ours * 1e3:.0f} ms ({ours / dense:.3f}) | {dense:.2f} s | "
+            f"{masked:.2f} s ({masked / ours:.0f}) |"
+        )
+    return lines
+
+
+def test_numbers_of_supports() -> None:
+    lines = README.read_text().splitlines()
+    rows = support_rows()
+    assert len(rows) == 8
+    missing = [row for row in rows if row not in lines]
+    assert not missing, "\n".join(missing)
+    found = {record["case"]["name"]: timed(record) for record in report.load([RESULTS / "support" / "loss.json"])}
+    ratio = {name: one["grpo-fast"]["median"] / one["grpo-fast dense"]["median"] for name, one in found.items()}
+    small, large = (ratio[f"{head}-support8"] for head in ("SmolLM2-135M-T2048", "Qwen3-0.6B-T1024"))
+    assert f"a full step takes {small:.3f} of the dense one's time (V = 49152; {large:.3f} at 151936)" in text()
+    # What was asked for: 0.08 and 0.04 at a mean of 8, 0.15 at 64.
+    assert small <= 0.08
+    assert large <= 0.04
+    assert all(value <= 0.15 for name, value in ratio.items() if name.endswith("support64"))
+
+
+def test_memory_of_supports_does_not_grow_with_the_vocabulary() -> None:
+    extra = [
+        timed(record)["grpo-fast"]["peak_bytes"] - record["case"]["gradient_bytes"]
+        for record in report.load([RESULTS / "support" / "growth.json"])
+        if record["growth"] == "support_vocab"
+    ]
+    assert len(extra) == 4
+    assert max(extra) - min(extra) < 2**20, extra
+
+
 def test_numbers_inside_trl() -> None:
     rows = json.loads((RESULTS / "trl_step.json").read_text())["rows"]
     found = {(row["mode"], row["contender"]): row for row in rows if row["weights"] == "autocast"}

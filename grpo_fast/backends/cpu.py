@@ -137,13 +137,11 @@ class CpuBackend(TorchBackend):
     # -- products on supports ----------------------------------------------------------------------------------------
 
     def sparse_share(self, dtype: torch.dtype, device: torch.device) -> int:
-        # Where a row of random ids costs (forward, dHidden, its share of dWeight) what a row of the dense step does, in
-        # time of one AVX-512 core (EPYC, other work beside it), at (H, V) = (1024, 151936) and (576, 49152):
-        #   bf16, products here    0.41 and 0.19 us an entry, 2.5 and 0.47 ms a dense row    V / 24 and V / 20
-        #   float32                0.54 and 0.27              15 and 1.4                     V / 6  and V / 10
-        #   fp16, torch's products 0.69 and 0.32              18 and 1.6                     V / 6  and V / 10
-        # Less than that: cores share the memory that gathers wait for, and entries take memory besides the workspace.
-        return 32 if _multiplies(dtype) else 16
+        # Where a step of sparse rows costs what one of masked rows does. On two AVX-512 cores (EPYC), bf16, T = 1024,
+        # H = 576, V = 49152: 0.14 us an entry of a sparse row, 0.6 ms and 0.1 us an entry a masked one (growth.json of
+        # benchmarks/results/*/support; 0.3 ms where the host is quiet), and a whole tile, 40 ms, for the first of them.
+        # In float32, which torch multiplies, an entry takes 0.27 us and a dense row 1.4 ms.
+        return 8 if _multiplies(dtype) else 6
 
     # Torch serves matrices with gaps, which C++ would have copied whole.
 
