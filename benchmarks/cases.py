@@ -14,7 +14,7 @@ from torch import Tensor
 
 from benchmarks.supports import draw_support, mask_of
 from grpo_fast.config import HeadConfig, LossConfig
-from grpo_fast.packing import Support
+from grpo_fast.packing import Support, offsets_of
 
 GROUP_SIZE = 8
 LOGIT_STD = 2.5
@@ -320,7 +320,7 @@ def make_batch(case: Case, device: torch.device | str = "cpu", seed: int = 0) ->
         targets,
         torch.ones(case.tokens, dtype=torch.bool, device=device),
         torch.arange(case.sequences, device=device).repeat_interleave(lengths),
-        torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]),
+        offsets_of(lengths),
         normal(case.sequences) * active,
         logprobs,
         drifted(OLD_DRIFT),

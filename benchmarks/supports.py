@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.packing import Support
+from grpo_fast.packing import Support, offsets_of
 
 RECORDED = Path(__file__).resolve().parent / "support_sizes.json"
 SINGLE_SHARE, SIGMA = 0.4, 1.5
@@ -90,7 +90,7 @@ def draw_support(kind: str, rows: int, vocab: int, device: torch.device, generat
         noise = torch.rand(len(part), vocab, generator=generator, device=device).clamp_(min=1e-30)
         chosen = noise.log_().neg_().log_().neg_().add_(log_weights).topk(int(part.max()), dim=1).indices
         ids.append(chosen[torch.arange(chosen.shape[1], device=device) < part[:, None]].int())
-    return Support(torch.cat(ids), torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]))
+    return Support(torch.cat(ids), offsets_of(sizes))
 
 
 def mask_of(support: Support, vocab: int) -> Tensor:

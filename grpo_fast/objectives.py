@@ -25,6 +25,7 @@ from torch import Tensor
 
 from grpo_fast.config import LossConfig
 from grpo_fast.losses import LOSSES, Loss, Segments, TermInputs, clamp
+from grpo_fast.packing import offsets_of
 
 
 @dataclass
@@ -83,8 +84,7 @@ class Tokens:
         """
         segments = self.segments
         if row_counts is not None:
-            counts = segments.sum(self.mask)
-            segments = Segments(torch.cat([counts.new_zeros(1), counts.cumsum(0)]), rows.numel())
+            segments = Segments(offsets_of(segments.sum(self.mask)), rows.numel())
         return replace(
             self,
             advantages=self.advantages[rows],

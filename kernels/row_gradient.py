@@ -76,7 +76,7 @@ def _row_gradient_kernel(
 def row_gradient_of(
     rows: Rows, lse: Tensor, entropy: Tensor, g: Tensor, e: Tensor | None, dx: Tensor, *, vocab_start: int = 0
 ) -> None:
-    """Write dx `[R, V]`: memory of its own, or `rows.dx(dtype)`.
+    """Write dx `[R, V]`: memory of its own, or `dx_over(logits, dtype)`.
 
     Args:
         lse, entropy, g, e: `[R]`; e None is zero.

@@ -53,10 +53,16 @@ RESULTS = {"logprobs": torch.float32, "entropy": torch.float32, "live": torch.bo
 
 
 @triton.jit
-def row_slopes(
+def objective_row(
     row,
-    logprob,
-    row_entropy,
+    x,
+    dx,
+    bias,
+    target,
+    num_columns,
+    factor,
+    cap_scale,
+    chain,
     weights,
     advantages,
     old_logprobs,
@@ -73,8 +79,15 @@ def row_slopes(
     KL: tl.constexpr,
     KL_TIMES_RATIO: tl.constexpr,
     CORRECTION: tl.constexpr,
+    TRANSFORM: tl.constexpr,
+    IN_PLACE: tl.constexpr,
+    LANES: tl.constexpr,
 ):
-    """(g, e) of a row, times `grad_scale`; writes its results."""
+    """Both sweeps of a row, and its objective between; x, dx and bias point at the row. Writes its results and dx.
+
+    Returns (g, e), times `grad_scale`.
+    """
+    logprob, row_entropy, lse2 = row_logprob(x, bias, target, num_columns, factor, cap_scale, TRANSFORM, LANES)
     _, term_slope = token_term(
         row,
         logprob,
@@ -99,6 +112,24 @@ def row_slopes(
     if grad_scale is not None:
         g *= tl.load(grad_scale)
         e *= tl.load(grad_scale)
+    row_gradient(
+        x,
+        dx,
+        bias,
+        target,
+        num_columns,
+        factor,
+        cap_scale,
+        chain,
+        lse2,
+        row_entropy,
+        g,
+        e,
+        TRANSFORM,
+        entropy_gradient is not None,
+        IN_PLACE,
+        LANES,
+    )
     return g, e
 
 
@@ -143,16 +174,17 @@ def _row_objective_kernel(
     for row in range(tl.program_id(0), num_rows, tl.num_programs(0)):
         start, columns = row_place(row, row_stride, offsets, num_columns)
         dx_start, _ = row_place(row, dx_stride, offsets, num_columns)
-        own_bias = row_bias(bias, start, offsets)
         row_factor, row_chain = row_scales(row, row_temperature, factor, chain)
-        target = tl.load(targets + row)
-        logprob, row_entropy, lse2 = row_logprob(
-            logits + start, own_bias, target, columns, row_factor, cap_scale, TRANSFORM, LANES
-        )
-        g, e = row_slopes(
+        objective_row(
             row,
-            logprob,
-            row_entropy,
+            logits + start,
+            dx + dx_start,
+            row_bias(bias, start, offsets),
+            tl.load(targets + row),
+            columns,
+            row_factor,
+            cap_scale,
+            row_chain,
             weights,
             advantages,
             old_logprobs,
@@ -169,22 +201,7 @@ def _row_objective_kernel(
             KL,
             KL_TIMES_RATIO,
             CORRECTION,
-        )
-        row_gradient(
-            logits + start,
-            dx + dx_start,
-            own_bias,
-            target,
-            columns,
-            row_factor,
-            cap_scale,
-            row_chain,
-            lse2,
-            row_entropy,
-            g,
-            e,
             TRANSFORM,
-            entropy_gradient is not None,
             IN_PLACE,
             LANES,
         )
@@ -200,7 +217,7 @@ def row_objective_of(
     grad_scale: Tensor | None,
     results: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Write dx `[R, V]` (memory of its own, or `rows.dx(dtype)`); return (logprobs, entropy, live) `[R]`.
+    """Write dx `[R, V]` (memory of its own, or `dx_over(logits, dtype)`); return (logprobs, entropy, live) `[R]`.
 
     logprobs and dx are NaN where the target is outside `[0, V)`.
 

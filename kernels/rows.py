@@ -125,10 +125,6 @@ class Rows:
         """Elements from one row of `[R, V]` to the next, as kernels read it; None where rows have offsets."""
         return tensor.stride(0) if self.offsets is None else None
 
-    def dx(self, dtype: torch.dtype) -> Tensor:
-        """`dx_over` these logits."""
-        return dx_over(self.logits, dtype)
-
 
 def dx_over(logits: Tensor, dtype: torch.dtype) -> Tensor:
     """Where dx `[R, V]` of a dtype no wider than the logits' goes over the logits: the upper half, if narrower."""

@@ -34,8 +34,8 @@ from grpo_fast.kernels import launcher
 from grpo_fast.kernels.configuration import Configuration
 from grpo_fast.kernels.launch_table import SPARSE_ROWS
 from grpo_fast.kernels.objective import POLICIES
-from grpo_fast.kernels.row_objective import _NUMBERS, _OPTIONAL, _TOKENS, _VARIANTS, RESULTS, Objective, row_slopes
-from grpo_fast.kernels.row_sweeps import row_bias, row_gradient, row_logprob, row_place, row_scales
+from grpo_fast.kernels.row_objective import _NUMBERS, _OPTIONAL, _TOKENS, _VARIANTS, RESULTS, Objective, objective_row
+from grpo_fast.kernels.row_sweeps import row_bias, row_place, row_scales
 from grpo_fast.kernels.rows import UNALIGNED, Rows, support_example
 
 LOADS_PER_ENTRY = {"logits": {"weight": 1, "ids": 4}, "back": {"weight": 1, "ids": 4, "dx": 4}}
@@ -179,16 +179,17 @@ def _sparse_objective_kernel(
     h = hidden + wide_row * hidden_stride
     _dots(x, h, weight, ids + start, num_entries, width, weight_stride, ENTRIES, COLUMNS)
     tl.debug_barrier()  # x has been written by other threads
-    own_bias = row_bias(bias, start, offsets)
     row_factor, row_chain = row_scales(row, row_temperature, factor, chain)
-    target = tl.load(targets + row)
-    logprob, row_entropy, lse2 = row_logprob(
-        x, own_bias, target, num_entries, row_factor, cap_scale, TRANSFORM, LANES
-    )  # fmt: skip
-    g, e = row_slopes(
+    g, e = objective_row(
         row,
-        logprob,
-        row_entropy,
+        x,
+        x,
+        row_bias(bias, start, offsets),
+        tl.load(targets + row),
+        num_entries,
+        row_factor,
+        cap_scale,
+        row_chain,
         weights,
         advantages,
         old_logprobs,
@@ -205,22 +206,7 @@ def _sparse_objective_kernel(
         KL,
         KL_TIMES_RATIO,
         CORRECTION,
-    )
-    row_gradient(
-        x,
-        x,
-        own_bias,
-        target,
-        num_entries,
-        row_factor,
-        cap_scale,
-        row_chain,
-        lse2,
-        row_entropy,
-        g,
-        e,
         TRANSFORM,
-        entropy_gradient is not None,
         True,
         LANES,
     )

@@ -20,7 +20,7 @@ from grpo_fast.kernels import (
     sparse_weight,
 )
 from grpo_fast.kernels.objective import PARAMETERS, POLICIES
-from grpo_fast.kernels.rows import Rows
+from grpo_fast.kernels.rows import Rows, dx_over
 from grpo_fast.kernels.scale import scale_unless_one
 from tests.cards import card
 
@@ -74,7 +74,7 @@ def launch_statistics() -> None:
 
 def launch_gradient() -> None:
     chunk, slopes = rows(), [card(R) for _ in range(3)]
-    row_gradient.row_gradient_of(chunk, *slopes, None, chunk.dx(torch.bfloat16), vocab_start=V)
+    row_gradient.row_gradient_of(chunk, *slopes, None, dx_over(chunk.logits, torch.bfloat16), vocab_start=V)
 
 
 def launch_gradient_full() -> None:
@@ -86,7 +86,7 @@ def launch_objective() -> None:
     tokens = {name: card(R) if name in TOKENS[:2] else None for name in TOKENS}
     chunk = rows()
     row_objective.row_objective_of(
-        chunk, objective(), tokens, chunk.dx(torch.bfloat16), entropy_gradient=None, grad_scale=None
+        chunk, objective(), tokens, dx_over(chunk.logits, torch.bfloat16), entropy_gradient=None, grad_scale=None
     )
 
 

@@ -207,7 +207,7 @@ MUTANTS = (
     ),
     Mutant(
         "missing-targets-are-first",
-        "grpo_fast/ops/support.py",
+        "grpo_fast/packing.py",
         "places.new_full((num_rows + 1,), -1)",
         "places.new_full((num_rows + 1,), 0)",
         f"{EDGES}test_a_target_outside_its_support_on_a_gpu",
@@ -229,8 +229,8 @@ MUTANTS = (
     Mutant(
         "block-target-of-the-vocabulary",
         "grpo_fast/ops/support.py",
-        "rows, targets - start)",
-        "rows, targets)",
+        "of.offsets), targets - start)",
+        "of.offsets), targets)",
         PLANS,
     ),
     Mutant(
@@ -299,8 +299,8 @@ MUTANTS = (
     Mutant(
         "sums-of-the-last-block",
         "grpo_fast/backends/torch.py",
-        "sums[first:last] += part",
-        "sums[first:last] = part",
+        "sums[first:last] += torch",
+        "sums[first:last] = torch",
         f"{SUPPORTS}test_blocks_cut_rows_and_sums",
     ),
     Mutant(

@@ -38,6 +38,7 @@ from grpo_fast.kernels import (  # noqa: E402
     sparse_weight,
 )
 from grpo_fast.kernels.configuration import Configuration  # noqa: E402
+from grpo_fast.kernels.rows import dx_over  # noqa: E402
 from tests.cards import CARD, card  # noqa: E402
 from tests.launch_sites import HIDDEN, MULTIPROCESSORS, N_IDS, SITES, TOKENS, R, gathers, rows, supports  # noqa: E402
 
@@ -173,7 +174,7 @@ def statistics_at(offset: int) -> None:
 def gradient_at(offset: int) -> None:
     chunk = rows(offset, temperature=card(R, offset=offset))
     slopes = [card(R, offset=offset) for _ in range(4)]
-    row_gradient.row_gradient_of(chunk, *slopes, chunk.dx(torch.bfloat16), vocab_start=offset)
+    row_gradient.row_gradient_of(chunk, *slopes, dx_over(chunk.logits, torch.bfloat16), vocab_start=offset)
 
 
 def objective_at(offset: int) -> None:
@@ -185,7 +186,7 @@ def objective_at(offset: int) -> None:
         chunk,
         row_objective.Objective("clipped", "k3", True, "token_mask", card(12, offset=offset)),
         tokens,
-        chunk.dx(torch.bfloat16),
+        dx_over(chunk.logits, torch.bfloat16),
         entropy_gradient=one,
         grad_scale=one,
         results=results,

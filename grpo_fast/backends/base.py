@@ -314,9 +314,9 @@ class Backend(ABC):
 
     # -- row functions -----------------------------------------------------------------------------------------------
 
+    @abstractmethod
     def dx_place(self, logits: Tensor, dtype: torch.dtype) -> Tensor:
         """Where dx `[R, V]` for operands of `dtype` goes over raw products `[R, V]`."""
-        raise NotImplementedError
 
     @abstractmethod
     def statistics(self, rows: RowChunk, out: RowStatistics) -> None:

@@ -32,6 +32,7 @@ from grpo_fast.backends.base import (
 )
 from grpo_fast.backends.torch import TorchBackend
 from grpo_fast.install import load_extension, not_built
+from grpo_fast.packing import offsets_of
 
 # After torch: the two share one OpenMP runtime, and gemm_cpu.cpp looks into torch's library.
 _C, _missing = load_extension("grpo_fast._C")
@@ -270,8 +271,7 @@ def _group_advantages(
     weights = None if factors is None else factors.double().contiguous()
     offsets = None
     if labels is not None:
-        lengths = torch.unique_consecutive(labels, return_counts=True)[1]
-        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        offsets = offsets_of(torch.unique_consecutive(labels, return_counts=True)[1])
     out = rewards.new_empty(rewards.shape[0])
     _C.group_advantages(
         _dtype(rewards.dtype),

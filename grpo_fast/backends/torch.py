@@ -18,6 +18,7 @@ from torch import Tensor
 
 from grpo_fast.backends.base import Backend, RowChunk, RowIds, RowSlopes, RowStatistics, Transform
 from grpo_fast.devices import TRAITS
+from grpo_fast.packing import offsets_of
 
 MIN_ROW_BLOCK = 16
 UPCAST_BYTES = 32 * 2**20
@@ -111,8 +112,7 @@ class TorchBackend(Backend):
         ids, entries, rows = of.by_id
         ids, counts = ids.unique_consecutive(return_counts=True)
         ids = ids.long()
-        offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        sums = _segment_sums(dx[entries], hidden, rows, offsets)
+        sums = _segment_sums(dx[entries], hidden, rows, offsets_of(counts))
         out[ids] = sums.add_(out[ids]).to(out.dtype)
 
     # -- row functions -----------------------------------------------------------------------------------------------
@@ -262,23 +262,18 @@ def _segment_sums(factors: Tensor, values: Tensor, index: Tensor, offsets: Tenso
 
     No atomic additions: one order, the same on every run. A segment that blocks cut apart is added up block by block.
     """
-    num_segments = offsets.numel() - 1
-    sums = factors.new_zeros(num_segments, values.shape[1])
-    for block in _entry_blocks(factors.numel(), values):
-        inside = offsets.clamp(block.start, block.stop) - block.start
+    sums = factors.new_zeros(offsets.numel() - 1, values.shape[1])
+    blocks = list(_entry_blocks(factors.numel(), values))
+    # The segments with entries in each block: those from `first` to `last`, the latter left out. A GPU is waited for.
+    starts, stops = (
+        torch.tensor(limits, device=offsets.device) for limits in ([b.start for b in blocks], [b.stop for b in blocks])
+    )
+    firsts, lasts = torch.searchsorted(offsets, starts, right=True) - 1, torch.searchsorted(offsets, stops)
+    for block, (first, last) in zip(blocks, torch.stack([firsts, lasts], 1).tolist(), strict=True):
+        inside = offsets[first : last + 1].clamp(block.start, block.stop) - block.start
         terms = values[index[block]].to(factors.dtype) * factors[block, None]
-        first, last = _segments_of(offsets, block)
-        part = torch.segment_reduce(terms, "sum", offsets=inside[first : last + 1], axis=0, unsafe=True, initial=0.0)
-        sums[first:last] += part
+        sums[first:last] += torch.segment_reduce(terms, "sum", offsets=inside, axis=0, unsafe=True, initial=0.0)
     return sums
-
-
-def _segments_of(offsets: Tensor, block: slice) -> tuple[int, int]:
-    """Segments `first` to `last`, the latter left out, that have entries in a block. A GPU is waited for."""
-    first = torch.searchsorted(offsets, block.start, right=True) - 1
-    last = torch.searchsorted(offsets, block.stop)
-    first, last = torch.stack([first, last]).tolist()
-    return first, last
 
 
 def _upcasts(dtype: torch.dtype, device: torch.device) -> bool:

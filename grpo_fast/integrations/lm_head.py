@@ -32,7 +32,7 @@ from transformers.utils import ModelOutput
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.head import head_of
 from grpo_fast.loss import LossOutput, grpo_loss, token_logprobs
-from grpo_fast.packing import Support
+from grpo_fast.packing import Support, offsets_of
 
 IGNORED = -100
 
@@ -228,7 +228,7 @@ def fit_support(support: Support | None, shape: Sequence[int], device: torch.dev
         support = support[rows[:, given - length :].reshape(-1)]
     elif given < length:
         sizes = F.pad(support.sizes.view(count, given), (length - given, 0))
-        support = Support.trusted(support.token_ids, F.pad(sizes.reshape(-1).cumsum(0), (1, 0)))
+        support = Support.trusted(support.token_ids, offsets_of(sizes.reshape(-1)))
     return support.to(device)
 
 

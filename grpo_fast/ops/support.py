@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.backends.base import RowChunk, RowIds, Transform
-from grpo_fast.packing import Support
+from grpo_fast.packing import Support, offsets_of, target_places
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,10 @@ class Supported:
 
     @staticmethod
     def taken(support: Support, places: Tensor, rows: Tensor, num_ids: int, longest: int, *, cut: bool) -> Supported:
-        """The `rows` `[k]` of a support; `num_ids` theirs. `cut`: whether parts will be asked for."""
-        sizes = support.sizes[rows]
-        offsets = torch.cat([sizes.new_zeros(1, dtype=torch.int64), sizes.cumsum(0)])
-        owners = torch.arange(rows.numel(), device=rows.device).repeat_interleave(sizes, output_size=num_ids)
-        ids = support.token_ids
-        if num_ids != ids.numel():
-            ids = ids[(support.offsets[rows] - offsets[:-1])[owners] + torch.arange(num_ids, device=rows.device)]
-        of = RowIds(ids.int(), offsets, owners)
-        return Supported(of, places[rows], longest, offsets.tolist() if cut else None)
+        """The `rows` `[k]`, increasing, of a support; `num_ids` theirs. `cut`: whether parts will be asked for."""
+        part = support if rows.numel() == support.num_rows else support.taken(rows, num_ids)
+        of = RowIds(part.token_ids.int(), part.offsets.long(), part.rows_of_ids())
+        return Supported(of, places[rows], longest, of.offsets.tolist() if cut else None)
 
     def part(self, start: int, stop: int) -> Supported:
         """Rows `start:stop`."""
@@ -62,10 +57,8 @@ class Supported:
         """What of the rows' supports is in the vocabulary `start:stop`, ids counted from there; of targets `[k]`."""
         inside = ((self.of.ids >= start) & (self.of.ids < stop)).nonzero()[:, 0]
         rows = self.of.rows[inside]
-        sizes = rows.bincount(minlength=self.places.numel())
-        offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
-        of = RowIds(self.of.ids[inside] - start, offsets, rows)
-        return Supported(of, target_places(of.ids, offsets, rows, targets - start), self.longest)
+        of = RowIds(self.of.ids[inside] - start, offsets_of(rows.bincount(minlength=targets.numel())), rows)
+        return Supported(of, target_places(Support.trusted(of.ids, of.offsets), targets - start), self.longest)
 
     def chunk(self, logits: Tensor, transform: Transform) -> RowChunk:
         """Raw products `[N]` of these rows, as row functions take them."""
@@ -100,7 +93,7 @@ def split_rows(support: Support, rows: Tensor | None, targets: Tensor, vocab: in
     Raises:
         ValueError: an id is not in [0, V): the weight's rows are gathered by it, on a GPU without anybody looking.
     """
-    places = target_places(support.token_ids, support.offsets, support.rows_of_ids(), targets)
+    places = target_places(support, targets)
     rows = torch.arange(support.num_rows, device=targets.device) if rows is None else rows
     sizes = support.sizes[rows]
     whole = (sizes == 0) | (sizes >= vocab)
@@ -128,13 +121,3 @@ def split_rows(support: Support, rows: Tensor | None, targets: Tensor, vocab: in
         listed[2],
         Supported.taken(support, places, listed[2], sparse_ids, sparse_longest, cut=False) if num_sparse else None,
     )
-
-
-def target_places(ids: Tensor, offsets: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-    """`[k]` int64: where among the ids `[N]` of each row its target `[k]` is; -1 where it is not."""
-    num_rows = targets.numel()
-    places = torch.arange(ids.numel(), device=ids.device) - offsets[rows]
-    hits = ids == targets[rows]
-    # What is no hit goes to a row beyond the last.
-    found = places.new_full((num_rows + 1,), -1).scatter_(0, torch.where(hits, rows, num_rows), places)
-    return found[:num_rows]

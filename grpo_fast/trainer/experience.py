@@ -138,14 +138,9 @@ def _support_of(completions: Sequence[Completion]) -> Support | None:
     """Of all tokens, on the host; rows of completions that have none stand for the whole vocabulary."""
     if all(completion.support is None for completion in completions):
         return None
-    parts = []
-    for completion in completions:
-        if completion.support is None:
-            nothing = torch.zeros(0, dtype=torch.int32)
-            parts.append(Support(nothing, torch.zeros(len(completion.token_ids) + 1, dtype=torch.int64)))
-        else:
-            parts.append(completion.support.to("cpu"))
-    whole = Support.cat(parts)
+    whole = Support.cat(
+        [Support.whole(len(one.token_ids)) if one.support is None else one.support.to("cpu") for one in completions]
+    )
     return Support.trusted(whole.token_ids.int(), whole.offsets)
 
 

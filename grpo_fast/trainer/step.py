@@ -23,7 +23,7 @@ from grpo_fast.trainer.config import TrainConfig
 from grpo_fast.trainer.errors import ConfigError
 from grpo_fast.trainer.model import Policy
 from grpo_fast.trainer.optim import MasterWeights, Optimizer
-from grpo_fast.trainer.support import support_metrics, support_sizes, words_multiplied
+from grpo_fast.trainer.support import support_metrics, words_multiplied
 
 
 class NonFiniteUpdate(Exception):  # noqa: N818 - the loop turns it into NonFiniteError, once the batch is saved
@@ -113,7 +113,7 @@ class Updater:
         body = self.policy.num_parameters - vocab * width
         words = sum(pack.num_rows for pack in packs) * vocab
         if experience.support is not None:
-            sizes, limit = support_sizes(experience.support, vocab), self._sparse_limit()
+            sizes, limit = experience.support.sizes_in(vocab), self._sparse_limit()
             words = sum(words_multiplied(sizes[pack.token_index], vocab, limit) for pack in packs)
         return factor * (body * sum(pack.input_ids.numel() for pack in packs) + width * words)
 
@@ -126,7 +126,7 @@ class Updater:
         if support is None or not any(spans):
             return {}
         index = torch.cat([torch.arange(span.start, span.stop) for span in spans])
-        sizes = support_sizes(support, self.policy.head().weight.shape[0])[index]
+        sizes = support.sizes_in(self.policy.head().weight.shape[0])[index]
         return support_metrics(sizes, self._sparse_limit()) | {"support/host_mib": support.nbytes / 2**20}
 
     def _packs(self, experience: Experience, completions: Sequence[int]) -> list[MicroBatch]:

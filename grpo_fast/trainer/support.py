@@ -7,13 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from grpo_fast.packing import Support
-
-
-def support_sizes(support: Support, vocab: int) -> Tensor:
-    """`[T]` words of each row; V where nothing was cut."""
-    sizes = support.sizes
-    return sizes.masked_fill(sizes == 0, vocab)
+from grpo_fast.packing import size_metrics
 
 
 def words_multiplied(sizes: Tensor, vocab: int, limit: int) -> int:
@@ -34,15 +28,8 @@ def support_metrics(sizes: Tensor, limit: int) -> dict[str, float]:
         sizes: `[T]`, T > 0. limit: as in `words_multiplied`.
 
     Returns:
-        support/mean, support/median, support/max: words of a token's support, V where nothing was cut (of an even
-            number of tokens the lower median).
-        support/singleton_fraction: share of tokens that could be nothing else; the head does nothing for them.
+        those of `packing.size_metrics`; the head does nothing for singletons.
         support/sparse_fraction: share whose rows go through gathered rows of the weight.
     """
-    return {
-        "support/mean": float(sizes.double().mean()),
-        "support/median": float(sizes.median()),
-        "support/max": float(sizes.max()),
-        "support/singleton_fraction": float((sizes == 1).double().mean()),
-        "support/sparse_fraction": float(((sizes > 1) & (sizes <= limit)).double().mean()),
-    }
+    sparse = (sizes > 1) & (sizes <= limit)
+    return size_metrics(sizes) | {"support/sparse_fraction": float(sparse.double().mean())}

@@ -12,7 +12,7 @@ from torch import Tensor
 from grpo_fast.kernels import row_gradient, row_objective, row_statistics
 from grpo_fast.kernels.launch_table import ROW_LAUNCHES
 from grpo_fast.kernels.objective import PARAMETERS, objective_parameters
-from grpo_fast.kernels.rows import Rows
+from grpo_fast.kernels.rows import Rows, dx_over
 from tests.cases import rel_rms
 
 PLAIN = dict.fromkeys(PARAMETERS, 0.2) | {"clip_low": 0.8, "clip_high": 1.2, "delta": math.inf}
@@ -46,7 +46,7 @@ def test_gradient(vocab: int, dtype: torch.dtype, place: str) -> None:
     actual = row_statistics.row_statistics_of(rows)
     for name, one, other in zip(("logprobs", "entropy", "lse"), actual, (logprobs, entropy, lse), strict=True):
         assert (one - other).abs().max() <= 3e-6, name
-    dx = rows.dx(dtype) if place != "apart" else torch.full((5, vocab), torch.nan, dtype=dtype)
+    dx = dx_over(rows.logits, dtype) if place != "apart" else torch.full((5, vocab), torch.nan, dtype=dtype)
     row_gradient.row_gradient_of(rows, actual[2], actual[1], g, e, dx)
     bound = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}[dtype]
     assert rel_rms(dx, expected) <= bound
@@ -57,7 +57,7 @@ def test_gradient(vocab: int, dtype: torch.dtype, place: str) -> None:
 def test_dx_over_the_logits_is_aligned(vocab: int) -> None:
     """To 16 bytes, where the rows are: else accesses of 8 numbers become four."""
     rows = make_rows(3, vocab, pitch=1024)
-    dx = rows.dx(torch.bfloat16)
+    dx = dx_over(rows.logits, torch.bfloat16)
     assert (dx.data_ptr() - rows.logits.data_ptr()) % 16 == 0
     assert dx[-1, -1].data_ptr() - rows.logits[-1].data_ptr() < 4 * vocab
 
@@ -73,7 +73,7 @@ def test_every_launch(vocab: int, arch: int, monkeypatch: pytest.MonkeyPatch) ->
     actual = row_statistics.row_statistics_of(rows)
     assert (actual[0] - logprobs).abs().max() <= 3e-6
     assert (actual[1] - entropy).abs().max() <= 3e-6
-    dx = rows.dx(torch.bfloat16)
+    dx = dx_over(rows.logits, torch.bfloat16)
     row_gradient.row_gradient_of(rows, actual[2], actual[1], g, None, dx)
     assert rel_rms(dx, expected) <= 4e-3
 
@@ -230,7 +230,7 @@ def test_bad_arguments() -> None:
     with pytest.raises(ValueError, match=r"logits: expected \[R, V\] with contiguous columns"):
         Rows(torch.zeros(4, 6).t(), torch.zeros(6, dtype=torch.int64))
     with pytest.raises(ValueError, match="dtype: expected at most 2 bytes over the logits"):
-        Rows(torch.zeros(4, 6).half(), torch.zeros(4, dtype=torch.int64)).dx(torch.float32)
+        dx_over(torch.zeros(4, 6).half(), torch.float32)
     with pytest.raises(ValueError, match=r"policy: expected one of clipped.*got 'ppo'"):
         row_objective.Objective("ppo", "none", True, "none", torch.zeros(12))
     with pytest.raises(ValueError, match="values: expected clip_low"):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from grpo_fast.packing import Support
+from grpo_fast.packing import Support, offsets_of, size_metrics
 
 logger = logging.getLogger("grpo_fast")
 
@@ -123,15 +123,14 @@ def support_of(told: Any, length: int) -> Support:
         ValueError: another number of rows, or as `Support`.
     """
     if told is None:
-        return _whole(length)
+        return Support.whole(length)
     if isinstance(told, Support):
         found = told
     elif isinstance(told, Tensor):
         found = (Support.from_mask if told.dtype == torch.bool else Support.from_padded)(told[:length])
     else:
-        sizes = torch.tensor([0, *(len(row) for row in told)])
         ids = torch.tensor([token for row in told for token in row], dtype=torch.int32)
-        found = Support(ids, sizes.cumsum(0))
+        found = Support(ids, offsets_of(torch.tensor([len(row) for row in told], dtype=torch.int64)))
     if found.num_rows != length:
         raise ValueError(f"support: expected {length} rows, one a token of the completion; got {found.num_rows}")
     return Support.trusted(found.token_ids.int(), found.offsets).to("cpu")
@@ -146,20 +145,9 @@ def padded(supports: list[Support], length: int) -> Support:
     longest = max(support.num_rows for support in supports)
     if longest > length:
         raise ValueError(f"support: expected at most {length} rows a completion; got {longest}")
-    return Support.cat([part for support in supports for part in (support, _whole(length - support.num_rows))])
+    return Support.cat([part for support in supports for part in (support, Support.whole(length - support.num_rows))])
 
 
 def measures(supports: list[Support], vocab: int) -> dict[str, float]:
-    """For the log, of one rank's generation: tokens in a support, V where nothing was cut; how many are of one."""
-    sizes = torch.cat([support.sizes for support in supports])
-    sizes = sizes.masked_fill(sizes == 0, vocab)
-    return {
-        "support/mean": float(sizes.double().mean()),
-        "support/median": float(sizes.median()),
-        "support/max": float(sizes.max()),
-        "support/singleton_fraction": float((sizes == 1).double().mean()),
-    }
-
-
-def _whole(rows: int) -> Support:
-    return Support.trusted(torch.empty(0, dtype=torch.int32), torch.zeros(rows + 1, dtype=torch.int64))
+    """For the log, of one rank's generation."""
+    return size_metrics(Support.cat(supports).sizes_in(vocab))
