@@ -274,8 +274,8 @@ def target_places(support: Support, targets: Tensor) -> Tensor:
 
 
 def size_metrics(sizes: Tensor) -> dict[str, float]:
-    """For logs, of supports' sizes `[T]`, T > 0: support/mean, support/median (of an even number the lower), support/max,
-    and support/singleton_fraction, the share of tokens that could be nothing else."""
+    """For logs, of supports' sizes `[T]`, T > 0: support/mean, support/median (of an even number the lower),
+    support/max, and support/singleton_fraction, the share of tokens that could be nothing else."""
     return {
         "support/mean": float(sizes.double().mean()),
         "support/median": float(sizes.median()),
