@@ -72,7 +72,7 @@ def require_number(
         bounds = [f"> {above}"] * (above > -math.inf)
         bounds += [f">= {at_least}"] * (at_least > -math.inf)
         bounds += [f"<= {at_most}"] * (at_most < math.inf)
-        expected = " and ".join(["a finite number", *bounds]) + (" or None" if optional else "")
+        expected = " ".join(["a finite number", " and ".join(bounds)]).strip() + (" or None" if optional else "")
         raise ValueError(f"{name}: expected {expected}; got {value!r}")
 
 

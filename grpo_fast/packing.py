@@ -90,7 +90,7 @@ class Support:
         logprob_t = z_t[y_t] - log sum_{v in K_t} exp z_tv        K_t = token_ids[offsets[t] : offsets[t + 1]]
 
     Attributes:
-        token_ids: `[N]` int32 or int64, row after row; those of a row are distinct, in any order.
+        token_ids: `[N]` int32 or int64, below 2^31, row after row; those of a row are distinct, in any order.
         offsets: `[T+1]` int32 or int64. An empty row stands for the whole vocabulary.
 
     Raises:
@@ -119,15 +119,11 @@ class Support:
             )
         if not checks_values(self.token_ids):
             return
-        num_ids, sizes = self.token_ids.numel(), self.sizes
-        first, last = int(self.offsets[0]), int(self.offsets[-1])
-        if first != 0 or last != num_ids or bool((sizes < 0).any()):
-            raise ValueError(
-                f"offsets: expected 0 = offsets[0] <= offsets[1] <= ... <= offsets[T] = N = {num_ids}; got "
-                f"{first} first, {last} last" + (", and a step down" if bool((sizes < 0).any()) else "")
-            )
-        if bool((self.token_ids < 0).any()):
-            raise ValueError(f"token_ids: expected ids >= 0; got {int(self.token_ids.min())}")
+        if (wrong := self.offsets_error(*self.extremes().tolist())) is not None:
+            raise ValueError(wrong)
+        outside = (self.token_ids < 0) | (self.token_ids.long() >= 2**31)
+        if outside.any():
+            raise ValueError(f"token_ids: expected ids in [0, 2^31); got {int(self.token_ids[outside][0])}")
         keys = (self.rows_of_ids().long() << 32 | self.token_ids.long()).sort().values
         twice = (keys[1:] == keys[:-1]).nonzero()
         if twice.numel():
@@ -140,11 +136,12 @@ class Support:
     def from_mask(mask: Tensor) -> Support:
         """Of `[..., V]` bool, True where a token is kept; leading dimensions are flattened.
 
-        A row without any True stands for the whole vocabulary, as a row that is all True does.
+        A row without any True stands for the whole vocabulary, as a row that is all True does: give as many columns
+        as the head's weight has rows (False where it is padded), or such a row will be of more tokens than there were.
         """
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() < 2:
             raise ValueError(f"mask: expected a bool tensor [..., V]; got {_described(mask)}")
-        mask = mask.reshape(-1, mask.shape[-1])
+        mask = mask.flatten(0, -2)
         num_rows, vocab = mask.shape
         # One index of the whole mask: of a row and a column nonzero takes four times as long.
         kept = mask.reshape(-1).nonzero()[:, 0]
@@ -162,7 +159,7 @@ class Support:
         """
         if not isinstance(ids, Tensor) or ids.dtype not in (torch.int32, torch.int64) or ids.dim() < 2:
             raise ValueError(f"ids: expected an int32 or int64 tensor [..., K]; got {_described(ids)}")
-        ids = ids.reshape(-1, ids.shape[-1])
+        ids = ids.flatten(0, -2)
         kept = ids != pad
         return Support(ids[kept], offsets_of(kept.sum(1)))
 
@@ -176,6 +173,8 @@ class Support:
         """The rows of all parts, one after another."""
         if not parts:
             raise ValueError("parts: expected at least one Support; got none")
+        for part in parts:
+            require_support("parts", part)
         return Support.trusted(
             torch.cat([part.token_ids for part in parts]), offsets_of(torch.cat([p.sizes for p in parts]))
         )
@@ -210,20 +209,45 @@ class Support:
         """Memory of both tensors."""
         return self.token_ids.nbytes + self.offsets.nbytes
 
+    def extremes(self) -> Tensor:
+        """`[3]` int64: the first of the offsets, the last, and the smallest size (0 of no rows)."""
+        offsets = self.offsets.long()
+        return torch.stack([offsets[0], offsets[-1], offsets.diff().amin() if self.num_rows else 0 * offsets[0]])
+
+    def offsets_error(self, first: int, last: int, smallest: int) -> str | None:
+        """What is wrong with offsets of these `extremes`, or None."""
+        num_ids = self.token_ids.numel()
+        if first == 0 and last == num_ids and smallest >= 0:
+            return None
+        return (
+            f"offsets: expected 0 = offsets[0] <= offsets[1] <= ... <= offsets[T] = N = {num_ids}; got {first} first, "
+            f"{last} last" + (", and a step down" if smallest < 0 else "")
+        )
+
     def rows_of_ids(self) -> Tensor:
         """`[N]` int64, the row of each id."""
-        rows = torch.arange(self.num_rows, device=self.offsets.device)
-        return rows.repeat_interleave(self.sizes, output_size=self.token_ids.numel())
+        # How many rows have begun, counted: whatever the offsets are, these are rows of this support.
+        begun = self.offsets.new_zeros(self.token_ids.numel() + 1, dtype=torch.int64)
+        starts = self.offsets[1:-1].long().clamp(0, self.token_ids.numel())
+        return begun.scatter_add_(0, starts, torch.ones_like(starts)).cumsum_(0)[:-1]
 
     def __getitem__(self, rows: slice | Tensor) -> Support:
-        """Some of the rows: a slice, indices `[n]`, or a mask `[T]` bool. (On a GPU indices wait for it once.)"""
+        """Some of the rows: a slice, indices `[n]`, or a mask `[T]` bool. (On a GPU indices wait for it once.)
+
+        Raises:
+            ValueError: anything else.
+        """
         if isinstance(rows, slice):
             start, stop, step = rows.indices(self.num_rows)
             if step == 1:
                 offsets = self.offsets[start : max(stop, start) + 1]
                 return Support.trusted(self.token_ids[int(offsets[0]) : int(offsets[-1])], offsets - offsets[0])
             rows = torch.arange(start, stop, step, device=self.offsets.device)
+        elif not isinstance(rows, Tensor) or rows.dim() != 1 or rows.is_floating_point():
+            raise ValueError(f"rows: expected a slice, indices [n] or a mask [T] bool; got {_described(rows)}")
         elif rows.dtype == torch.bool:
+            if rows.numel() != self.num_rows:
+                raise ValueError(f"rows: expected a mask of {self.num_rows} rows; got {rows.numel()}")
             rows = rows.nonzero()[:, 0]
         return self.taken(rows, int(self.sizes[rows].sum()))
 
@@ -240,11 +264,26 @@ class Support:
         moved = [tensor.to(device, non_blocking=non_blocking) for tensor in (self.token_ids, self.offsets)]
         return Support.trusted(*moved)
 
+    def on_host(self) -> Support:
+        """As it is kept until it is trained on: on the CPU, ids int32.
+
+        Raises:
+            ValueError: malformed, where that could not be seen on the device that it comes from.
+        """
+        moved = self if self.offsets.device.type == "cpu" else Support(self.token_ids.cpu(), self.offsets.cpu())
+        return Support.trusted(moved.token_ids.int(), moved.offsets)
+
+
+def require_support(name: str, value: object) -> Support:
+    """Or an error with its name."""
+    if not isinstance(value, Support):
+        raise ValueError(f"{name}: expected a Support; got {_described(value)}")
+    return value
+
 
 def check_support(support: object, targets: Tensor, mask: Tensor | None) -> None:
     """A Support of the rows of `targets`, with the targets of unmasked rows in it."""
-    if not isinstance(support, Support):
-        raise ValueError(f"support: expected a Support or None; got {_described(support)}")
+    support = require_support("support", support)
     flat, device = targets.reshape(-1), support.token_ids.device
     if support.num_rows != flat.numel() or device != flat.device:
         raise ValueError(
@@ -252,6 +291,9 @@ def check_support(support: object, targets: Tensor, mask: Tensor | None) -> None
         )
     if not checks_values(flat):
         return
+    # They may have changed since the support was made.
+    if (wrong := support.offsets_error(*support.extremes().tolist())) is not None:
+        raise ValueError(f"support.{wrong}")
     missing = (support.sizes > 0) & (target_places(support, flat) < 0)
     missing = missing if mask is None else missing & mask
     if bool(missing.any()):

@@ -133,6 +133,8 @@ def test_on_supports(rows: int) -> None:
     assert torch.equal(again.log_probs[:, :-1], out.log_probs)
     with pytest.raises(ValueError, match="support: expected as many rows for each of 4 sequences; got 7"):
         fused(**data, fused_lm_head=True, support=support[:7])
+    with pytest.raises(ValueError, match="support: expected a Support; got list"):
+        fused(**data, fused_lm_head=True, support=[[1]])
     with pytest.raises(ValueError, match="support: expected None without fused_lm_head"):
         fused(**data, support=support)
 

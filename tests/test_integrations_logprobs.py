@@ -360,6 +360,9 @@ def test_verl_supports() -> None:
         assert ((got - want).norm() / want.norm()).item() < 1e-5
     whole = head(hidden.unsqueeze(0), weight, labels, 0.7)[0]
     assert (whole[0] < -0.1).all(), "without the block the head is over the whole vocabulary again"
+    with verl.on_support(verl.packed_support(ids[..., :0], tokens, mask)):  # nothing was cut anywhere
+        cut = head(hidden.unsqueeze(0), weight, labels, 0.7)[0][0]
+    torch.testing.assert_close(cut, torch.where(logprobs[0] == 0, 0.0, whole[0]))
     with pytest.raises(ValueError, match=r"ids, tokens: expected \[B, R, K\]"):
         verl.packed_support(ids, tokens[1:], mask)
     moved = verl.packed_support(ids.roll(1, 0), tokens, mask)

@@ -278,6 +278,29 @@ def test_the_recorder_knows_what_it_saw() -> None:
     assert recorded([0, 1]).supports([[1, 2, 3], [4]]) is None
 
 
+def test_the_model_is_left_as_it_was() -> None:
+    """Its method is the class's again, also after an error: else every later `generate` would be looked at."""
+    from grpo_fast.integrations.trl.support import Supports, recorded
+
+    class Model:
+        def _get_logits_processor(self) -> list[Any]:
+            return []
+
+    model = Model()
+    with recorded(model):
+        assert "_get_logits_processor" in vars(model)
+    assert not vars(model)
+    with pytest.raises(KeyError), recorded(model):
+        raise KeyError
+    assert not vars(model)
+
+    supports = Supports()
+    supports.settle([[1], [2]], [[[1]], [[2]]])
+    assert supports.current
+    supports.clear()  # another batch begins
+    assert supports.current is None
+
+
 # -- a rollout function that tells ------------------------------------------------------------------------------------
 
 
@@ -346,6 +369,17 @@ def test_what_a_rollout_function_may_not_tell() -> None:
         support_of([[1], [2]], 3)
     with pytest.raises(ValueError, match="twice in row 0"):
         support_of([[1, 1]], 1)
+    for wrong in ([[2**31 + 5]], torch.tensor([[2**31 + 5]]), [[2**32 + 5]]):
+        with pytest.raises(ValueError, match=r"token_ids: expected ids in \[0, 2\^31\); got"):
+            support_of(wrong, 1)
+    for wrong in ([[1.5]], [[True]], torch.tensor([[1.0]])):
+        with pytest.raises(ValueError, match=r"expected .* int32 or int64"):
+            support_of(wrong, 1)
+    for wrong in ([1], 5, [["a"]], [[2**70]]):
+        with pytest.raises(ValueError, match=r"support: expected a Support, a bool mask \[n, V\], ids \[n, K\] or"):
+            support_of(wrong, 1)
+    assert support_of([None, [2]], 2).sizes.tolist() == [0, 1]
+    assert support_of([[]], 1).token_ids.dtype == support_of([torch.tensor([3, 4])], 1).token_ids.dtype == torch.int32
     with pytest.raises(ValueError, match=r"support: expected 2 entries"):
         Supports().settle([[1], [2]], [[[1]]])
     with pytest.raises(ValueError, match=r"support: expected at most 1 rows"):

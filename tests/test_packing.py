@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -76,7 +77,9 @@ def test_the_same_id_in_rows_beside_each_other() -> None:
         (ids(1, 2), ids(0, 1), "N = 2; got 0 first, 1 last"),
         (ids(1, 2), ids(0, 3), "N = 2; got 0 first, 3 last"),
         (ids(1, 2), ids(0, 2, 1, 2), "N = 2; got 0 first, 2 last, and a step down"),
-        (ids(1, -2), ids(0, 2), "token_ids: expected ids >= 0; got -2"),
+        (ids(1, -2), ids(0, 2), "token_ids: expected ids in [0, 2^31); got -2"),
+        (ids(1, 2**31, 5, 2**40), ids(0, 2, 4), "token_ids: expected ids in [0, 2^31); got 2147483648"),
+        (ids(7, 3, 7 + 2**32), ids(0, 1, 3), "token_ids: expected ids in [0, 2^31); got 4294967303"),
         (ids(4, 9, 5, 9, dtype=torch.int32), ids(0, 1, 4), "token_ids: expected distinct ids in a row; got 9 twice in row 1"),  # noqa: E501
         (ids(5, 5), ids(0, 2), "token_ids: expected distinct ids in a row; got 5 twice in row 0"),
     ],
@@ -93,7 +96,8 @@ def test_of_a_mask() -> None:
     support = Support.from_mask(mask)
     assert rows_of(support) == [[1, 4], [], [], [5], [], []]  # all of V is an empty row
     assert support.token_ids.dtype == torch.int32
-    assert Support.from_mask(torch.zeros(0, 4, dtype=torch.bool)).num_rows == 0
+    for shape, count in (((0, 4), 0), ((3, 0), 3), ((2, 3, 0), 6)):
+        assert rows_of(Support.from_mask(torch.zeros(shape, dtype=torch.bool))) == [[]] * count
     for wrong, got in (
         (mask.int(), "torch.int32 of shape [3, 2, 6]"),
         (mask[0, 0], "torch.bool of shape [6]"),
@@ -111,11 +115,12 @@ def test_of_padded_ids(dtype: torch.dtype) -> None:
     assert support.token_ids.dtype == dtype
     assert rows_of(Support.from_padded(padded.clamp(min=0), pad=0)) == [[7, 3], [], [9, 2], [5]]
     assert Support.from_padded(padded[:0]).num_rows == 0
+    assert rows_of(Support.from_padded(padded[..., :0])) == [[]] * 4
     for wrong, message in (
         (padded.float(), "ids: expected an int32 or int64 tensor [..., K]; got torch.float32 of shape [2, 2, 3]"),
         (padded[0, 0], f"ids: expected an int32 or int64 tensor [..., K]; got {dtype} of shape [3]"),
         ([[1]], "ids: expected an int32 or int64 tensor [..., K]; got list"),
-        (torch.where(padded == 0, -7, padded), "token_ids: expected ids >= 0; got -7"),
+        (torch.where(padded == 0, -7, padded), "token_ids: expected ids in [0, 2^31); got -7"),
         (torch.where(padded == 0, 9, padded), "token_ids: expected distinct ids in a row; got 9 twice in row 2"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
@@ -129,6 +134,8 @@ def test_cat() -> None:
     assert rows_of(Support.cat([first[3:], second[:1]])) == [*ROWS[3:], [1]]
     with pytest.raises(ValueError, match="parts: expected at least one Support; got none"):
         Support.cat([])
+    with pytest.raises(ValueError, match="parts: expected a Support; got NoneType"):
+        Support.cat([first, None])  # type: ignore[list-item]
 
 
 # -- cut --------------------------------------------------------------------------------------------------------------
@@ -163,6 +170,37 @@ def test_indices_and_masks() -> None:
         assert rows_of(support[torch.tensor(mask)]) == [row for row, keep in zip(ROWS, mask, strict=True) if keep]
 
 
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        (1, "rows: expected a slice, indices [n] or a mask [T] bool; got int"),
+        ([0, 1], "rows: expected a slice, indices [n] or a mask [T] bool; got list"),
+        (
+            torch.tensor([[0]]),
+            "rows: expected a slice, indices [n] or a mask [T] bool; got torch.int64 of shape [1, 1]",
+        ),
+        (torch.tensor([0.0]), "rows: expected a slice, indices [n] or a mask [T] bool; got torch.float32 of shape [1]"),
+        (torch.tensor([True, False]), "rows: expected a mask of 5 rows; got 2"),
+        (torch.tensor([True] * 6), "rows: expected a mask of 5 rows; got 6"),
+    ],
+    ids=lambda value: None if isinstance(value, str) else str(value),
+)
+def test_no_such_rows(rows: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message) + "$"):
+        as_support(ROWS)[rows]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("offsets", [(0, 2, 5, 3, 7, 7), (3, 2, 9, 3, 7, 7), (0, -4, 2, 3, 90, 7), (0, 2, 2, 3, 7, 1)])
+def test_rows_of_ids_are_rows_whatever_the_offsets(offsets: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Offsets changed after they were looked at, or never looked at: no place outside of memory comes from them."""
+    support = as_support(ROWS, dtype)
+    support.offsets.copy_(ids(*offsets))
+    rows = support.rows_of_ids()
+    assert rows.numel() == 7
+    assert 0 <= rows.min() <= rows.max() < 5
+
+
 def test_moved() -> None:
     support = as_support(ROWS)
     moved = support.to("meta")
@@ -185,11 +223,21 @@ def test_nothing_is_read_back(monkeypatch: pytest.MonkeyPatch) -> None:
         assert support.rows_of_ids().numel() == 3
         assert device.waits == []
         monkeypatch.setenv("GRPO_FAST_DEBUG", "1")
-        with pytest.raises(ValueError, match=r"token_ids: expected ids >= 0; got -1"):
+        with pytest.raises(ValueError, match=r"token_ids: expected ids in \[0, 2\^31\); got -1"):
             Support(wrong, ids(0, 2, 3))
         with pytest.raises(ValueError, match=r"token_ids: expected distinct ids in a row; got 5 twice in row 0"):
             Support(wrong[:2], ids(0, 2))
         assert device.waits
+
+
+def test_on_the_host() -> None:
+    support = as_support(ROWS, torch.int64)
+    kept = support.on_host()
+    assert (kept.token_ids.dtype, rows_of(kept)) == (torch.int32, ROWS)
+    # From a GPU, where nobody has looked: narrowing would make another word of it.
+    there = [SimpleNamespace(device=torch.device("cuda"), cpu=lambda t=t: t) for t in (ids(7 + 2**32), ids(0, 1))]
+    with pytest.raises(ValueError, match=re.escape("token_ids: expected ids in [0, 2^31); got 4294967303")):
+        Support.trusted(*there).on_host()  # type: ignore[arg-type]
 
 
 def test_meta_tensors_have_no_values() -> None:
@@ -202,8 +250,8 @@ def test_meta_tensors_have_no_values() -> None:
 @pytest.mark.parametrize(
     ("support", "message"),
     [
-        (torch.ones(4, 9), "support: expected a Support or None; got torch.float32 of shape [4, 9]"),
-        ((ids(1), ids(0, 1)), "support: expected a Support or None; got tuple"),
+        (torch.ones(4, 9), "support: expected a Support; got torch.float32 of shape [4, 9]"),
+        ((ids(1), ids(0, 1)), "support: expected a Support; got tuple"),
         (as_support([[1]] * 3), "support: expected 4 rows on cpu, one a target; got 3 on cpu"),
         (as_support([[1]] * 4).to("meta"), "support: expected 4 rows on cpu, one a target; got 4 on meta"),
         (

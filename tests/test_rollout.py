@@ -258,3 +258,5 @@ def test_rows_that_are_whole_or_have_ended_are_empty():
 def test_a_support_of_another_completion_is_refused():
     with pytest.raises(ValueError, match="support: expected 3 rows, one a token of the completion; got 2"):
         Completion([1, 2, 3], [0.0] * 3, True, Support.from_padded(torch.tensor([[1], [2]])))
+    with pytest.raises(ValueError, match="support: expected a Support; got list"):
+        Completion([1], [0.0], True, [[1]])

@@ -219,11 +219,33 @@ def test_only_ids_that_occur_are_touched(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("vocab", [2, 2048, 2049, 70001])
-def test_ids_are_sorted_digit_by_digit(vocab: int) -> None:
-    case = make(width=3, sizes=(min(vocab, 1500),) * 2, vocab=vocab)
-    dx, out = torch.randn(case.of.ids.shape), torch.zeros(vocab, 3)
-    case.cpu.sparse_grad_weight(dx, case.hidden, case.of, out)
-    assert rel_rms(out, dense_entries(case, dx).T @ case.hidden.double()) <= 1e-6
+def test_ids_are_sorted_digit_by_digit(vocab: int, threads: Any) -> None:
+    """All entries of an id side by side: its sum is rounded once, so a narrow gradient is the wide one, rounded."""
+    case = make(sizes=(min(vocab, 3000), vocab), vocab=vocab)
+    dx = torch.randn(case.of.ids.shape)
+    for count in (1, 3):
+        threads(count)
+        wide, narrow = torch.zeros(vocab, 33), torch.zeros(vocab, 33, dtype=torch.bfloat16)
+        for out in (wide, narrow):
+            case.cpu.sparse_grad_weight(dx, case.hidden, case.of, out)
+        assert rel_rms(wide, dense_entries(case, dx).T @ case.hidden.double()) <= 1e-6
+        assert torch.equal(narrow, wide.bfloat16())
+
+
+@pytest.mark.parametrize("width", [33, 128, 300])
+@pytest.mark.parametrize("count", [511, 512, 513])
+def test_an_id_of_many_rows(count: int, width: int, threads: Any) -> None:
+    """Threads share the columns of an id with 512 entries or more; each entry counts once, on every thread."""
+    case = make(torch.bfloat16, width, sizes=(1,) * 600)
+    case.of.ids[:count], case.of.ids[count:] = 7, 8  # beside each other in memory
+    dx, found = torch.randn(600), []
+    for number in (1, 2, 3):
+        threads(number)
+        out = torch.ones(VOCAB, width)
+        case.cpu.sparse_grad_weight(dx, case.hidden, case.of, out)
+        found.append(out)
+    assert rel_rms(found[0], 1 + dense_entries(case, dx).T @ case.hidden.double()) <= 1e-6
+    assert all(torch.equal(out, found[0]) for out in found)
 
 
 @pytest.mark.parametrize("transform", HEADS)
@@ -412,12 +434,19 @@ def test_matrices_with_gaps() -> None:
     def spread(matrix: Tensor) -> Tensor:
         return torch.full((*matrix.shape, 2), torch.nan, dtype=matrix.dtype)[..., 0].copy_(matrix)
 
+    for gaps in ("hidden", "weight"):  # of hidden states there is a copy, and C++ goes on
+        one = replace(case, **{gaps: spread(getattr(case, gaps))})
+        assert torch.equal(one.logits(), case.logits()) == (gaps == "hidden")
+        assert rel_rms(one.fused(torch.bfloat16)[2], grad_hidden) <= 2.0**-8
+        out = torch.ones(VOCAB, 33)
+        case.cpu.sparse_grad_weight(dx, one.hidden, case.of, out)
+        assert torch.equal(out, added)
     other = replace(case, hidden=spread(case.hidden), weight=spread(case.weight))
     assert rel_rms(other.logits(), case.logits()) <= 1e-6
     assert rel_rms(other.fused(torch.bfloat16)[0], dx) <= 1e-5
     rows, place = case.chunk(torch.empty(case.of.ids.shape)), spread(torch.full_like(grad_hidden, torch.nan))
     case.cpu.sparse_objective(case.hidden, case.weight, case.of, rows, case.objective, results, place)
     assert rel_rms(place, grad_hidden) <= 2.0**-8
-    gaps = spread(torch.ones(VOCAB, 33))
-    case.cpu.sparse_grad_weight(dx, case.hidden, case.of, gaps)
-    assert rel_rms(gaps, added) <= 1e-6
+    apart = spread(torch.ones(VOCAB, 33))
+    case.cpu.sparse_grad_weight(dx, case.hidden, case.of, apart)
+    assert rel_rms(apart, added) <= 1e-6

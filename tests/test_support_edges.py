@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -11,8 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from grpo_fast.backends.base import RowIds, get_backend
 from grpo_fast.config import LossConfig
 from grpo_fast.loss import grpo_loss, sparse_limit, token_logprobs
+from grpo_fast.ops.support import split_rows
 from grpo_fast.packing import Support
 from tests.cases import BACKENDS, INTERPRETED, TOLERANCES, Case, make_case, rel_rms
 from tests.stand_in import stand_in
@@ -73,6 +76,29 @@ def test_the_first_ratio_is_exactly_one(dtype: torch.dtype, share: int, backend:
                 assert metrics["ratio/min"] == metrics["ratio/max"] == 1.0, plan
                 assert metrics["approx_kl"] == metrics["kl"] == 0.0, plan
                 assert torch.equal(out.logprobs[out.computed], old[out.computed]), plan
+
+
+@WITH_BACKENDS
+@pytest.mark.parametrize("share", [1, SHARE, 1000], ids=["sparse", "both", "masked"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=NAMES)
+def test_the_first_ratio_is_one_whatever_rows_are_left_out(dtype: torch.dtype, share: int, backend: str) -> None:
+    """Old log-probabilities were of all rows; a step computes some, and the longest are not among them."""
+    case = make_case(3, dtype=dtype, zero_advantages=0.0)
+    support = draw_support(case.targets, 97, "mixed", 3)
+    options = {"support": support, "backend": backend}
+    sizes = support.sizes_in(97)
+    with sparse_share(share, backend):
+        rows = rows_of_logits(backend, 32, case)
+        with torch.no_grad():
+            old = token_logprobs(*head_of(case)[:3], workspace_bytes=rows, **options)
+        for longest in (2, 3, 5, 29, 58):
+            mask = (sizes <= longest) & (sizes > 1)
+            out, _ = run(
+                replace(case, loss_mask=mask, old_logprobs=old.logprobs), LossConfig(), workspace_bytes=rows, **options
+            )
+            assert 0 < out.computed.sum() < 86
+            assert torch.equal(out.logprobs[out.computed], old.logprobs[out.computed]), longest
+            assert torch.equal(out.entropy[out.computed], old.entropy[out.computed]), longest
 
 
 @WITH_BACKENDS
@@ -238,6 +264,21 @@ def test_supports_of_inference_mode(backend: str) -> None:
     assert leaves["weight"].grad.any()
 
 
+@WITH_BACKENDS
+def test_the_weights_gradient_is_rounded_once(backend: str) -> None:
+    """With what is there: a narrow gradient is the wide one of the same numbers, rounded."""
+    case, dtype = make_case(2), torch.float16 if INTERPRETED else torch.bfloat16
+    support = draw_support(case.targets, 97, "sparse", 3)
+    of = RowIds(support.token_ids.int(), support.offsets.long(), support.rows_of_ids())
+    gen = torch.Generator().manual_seed(0)
+    dx, base = torch.randn(of.ids.numel(), generator=gen), torch.randn(case.weight.shape, generator=gen).to(dtype)
+    narrow, wide = base.clone(), base.float()
+    for out in (narrow, wide):
+        get_backend(backend).sparse_grad_weight(dx, case.hidden.to(dtype), of, out)
+    assert torch.equal(narrow, wide.to(dtype))
+    assert not torch.equal(narrow, base)
+
+
 # -- plans, compaction and metrics ------------------------------------------------------------------------------------
 
 
@@ -251,10 +292,11 @@ def test_objectives_of_sequences_go_through_recompute(config: LossConfig, backen
             run(case, config, support=support, backend=backend, plan="resident")
 
 
-def test_fused_forward_is_refused() -> None:
+@WITH_BACKENDS
+def test_fused_forward_is_refused(backend: str) -> None:
     case, support = supported(make_case(3), "mixed", 3)
-    with torch.no_grad(), pytest.raises(ValueError, match="plan: 'fused_forward' cannot serve this call"):
-        token_logprobs(*head_of(case)[:3], support=support, plan="fused_forward", backend=BACKENDS[0])
+    with torch.no_grad(), pytest.raises(ValueError, match=r"plan: 'fused_forward' cannot serve this call.* a support"):
+        token_logprobs(*head_of(case)[:3], support=support, plan="fused_forward", backend=backend)
 
 
 @WITH_BACKENDS
@@ -294,8 +336,8 @@ def calls(case: Case, support: Any, **options: Any) -> list[Any]:
     [
         (lambda s: s[:-1], "support: expected 86 rows on cpu, one a target; got 85 on cpu"),
         (lambda s: s.to("meta"), "support: expected 86 rows on cpu, one a target; got 86 on meta"),
-        (lambda s: (s.token_ids, s.offsets), "support: expected a Support or None; got tuple"),
-        (lambda s: s.token_ids, "support: expected a Support or None; got torch.int"),
+        (lambda s: (s.token_ids, s.offsets), "support: expected a Support; got tuple"),
+        (lambda s: s.token_ids, "support: expected a Support; got torch.int"),
     ],
 )
 def test_wrong_supports(wrong: Any, message: str) -> None:
@@ -316,6 +358,18 @@ def test_ids_outside_the_vocabulary() -> None:
     compiled = torch.compile(lambda: token_logprobs(case.hidden, weight, case.targets % 50, support=support).logprobs)
     with pytest.raises(ValueError, match=re.escape("support: expected token ids in [0, 50); got 97")):
         compiled()
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_offsets_that_changed(gpu: bool) -> None:
+    """In place, after the support was made; or, on a GPU, that nobody has looked at."""
+    case = make_case(1)
+    for at, value, message in ((5, 99999, "and a step down"), (0, 1, "got 1 first"), (-1, 3, "and a step down")):
+        support = draw_support(case.targets, 97, "mixed", 0)
+        support.offsets[at] = value
+        for call in calls(case, support, loss_mask=torch.zeros(86, dtype=torch.bool)):
+            with stand_in() if gpu else nullcontext(), pytest.raises(ValueError, match=f"support.offsets: .*{message}"):
+                call()
 
 
 def without_its_target(case: Case, row: int) -> Support:
@@ -385,6 +439,18 @@ def test_on_the_stand_in(mixture: str, dtype: torch.dtype) -> None:
         for name, gradient in gradients.items():
             assert rel_rms(leaves[name].grad, gradient) <= floor, (plan, name)
         assert len(device.waits) <= MOST_WAITS, (plan, device.waits)
+
+
+def test_a_row_that_lists_everything_is_whole() -> None:
+    """One product instead of V gathered rows, and the bits of a row without a support."""
+    case = make_case(3)
+    order = torch.randperm(97, generator=torch.Generator().manual_seed(0)).tolist()
+    listed, whole = as_support([order] * 86), Support.whole(86)
+    for rows in (None, torch.tensor([3, 5, 80])):
+        split = split_rows(listed, rows, case.targets, 97, limit=97)
+        assert (split.num_whole, split.masked, split.sparse) == (86 if rows is None else 3, None, None)
+    got, expected = (token_logprobs(*head_of(case)[:3], support=s, backend=BACKENDS[0]) for s in (listed, whole))
+    assert torch.equal(got.logprobs, expected.logprobs)
 
 
 def test_sparse_limit_is_a_share_of_the_vocabulary() -> None:

@@ -21,6 +21,8 @@ from grpo_fast.devices import TRAITS
 from grpo_fast.packing import offsets_of
 
 MIN_ROW_BLOCK = 16
+MIN_ROW_WIDTH = 16
+"""Of rows on supports: shorter ones are padded to it, which makes fewer groups of them."""
 UPCAST_BYTES = 32 * 2**20
 """Size of one upcast block of the weight."""
 FEW_ROWS = 4
@@ -123,8 +125,14 @@ class TorchBackend(Backend):
         return logits.view(dtype)[:, : logits.shape[1]] if narrow else logits
 
     def statistics(self, rows: RowChunk, out: RowStatistics) -> None:
+        if rows.offsets is None:
+            _statistics(_Dense(rows), out)
+            return
         for part, dense in _dense(rows):
-            _statistics(dense, RowStatistics(*(whole[part] for whole in out)))
+            found = RowStatistics(*(whole.new_empty(part.numel()) for whole in out))
+            _statistics(dense, found)
+            for whole, values in zip(out, found, strict=True):
+                whole[part] = values
 
     def gradient(self, rows: RowChunk, slopes: RowSlopes, *, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
         if rows.offsets is None:
@@ -132,37 +140,45 @@ class TorchBackend(Backend):
             _gradient(_Dense(rows), slopes, dx)
             return dx
         for part, dense in _dense(rows):
-            _gradient(dense, slopes.part(part), dense.rows.logits)
+            dx = dense.rows.logits
+            _gradient(dense, slopes.part(part), dx)
             assert dense.places is not None
-            rows.logits[dense.places[dense.valid]] = dense.rows.logits[dense.valid]
+            assert dense.valid is not None
+            rows.logits[dense.places] = torch.where(dense.valid, dx, dx[:, :1])
         return rows.logits
 
 
 class _Dense(NamedTuple):
-    """Rows of one length: as they came, or padded, with which columns are `valid` and their `places` in `[N]`."""
+    """Rows of one length: as they came, or padded, with which columns are `valid` and their `places` in `[N]`, the
+    row's first where they are not."""
 
     rows: RowChunk
     valid: Tensor | None = None
     places: Tensor | None = None
 
 
-def _dense(rows: RowChunk) -> Iterator[tuple[slice, _Dense]]:
-    """(which rows, the same padded to the longest) of rows of different lengths, a block at a time."""
-    if rows.offsets is None:
-        yield slice(None), _Dense(rows)
-        return
-    if rows.logits.numel() == 0:  # a block of the vocabulary that no support reaches
-        return
-    columns = torch.arange(rows.longest, device=rows.logits.device)
-    for part in _row_blocks(rows.num_rows, max(rows.longest, 1), rows.logits.device):
-        starts, ends = rows.offsets[part, None], rows.offsets[part.start + 1 : part.stop + 1, None]
-        places = starts + columns
-        valid = places < ends
-        places = places.clamp_(max=rows.logits.numel() - 1)
-        transform = rows.transform.rows(part)
-        if transform.bias is not None:
-            transform = replace(transform, bias=transform.bias[places])
-        yield part, _Dense(RowChunk(rows.logits[places], rows.targets[part], transform), valid, places)
+def _dense(rows: RowChunk) -> Iterator[tuple[Tensor, _Dense]]:
+    """(which rows, the same padded to one length) of rows of different lengths, a block at a time.
+
+    A row is padded to a power of two that is its own: how its sums are taken, and so its bits, do not depend on the
+    rows beside it. Empty ones, which blocks of the vocabulary may have, are left out. A GPU is waited for once.
+    """
+    assert rows.offsets is not None
+    starts, sizes, device = rows.offsets[:-1], rows.offsets.diff(), rows.logits.device
+    # Binary digits of size - 1: the exponent of the next power of two.
+    digits = torch.frexp((sizes - 1).clamp_(min=MIN_ROW_WIDTH - 1).double()).exponent.masked_fill_(sizes == 0, 0)
+    counts = (digits[:, None] == torch.arange(64, device=device)).sum(0).tolist()
+    groups = digits.argsort(stable=True).split(counts)
+    for exponent in range(1, len(groups)):
+        columns = torch.arange(2**exponent if counts[exponent] else 0, device=device)
+        for block in _row_blocks(counts[exponent], 2**exponent, device, at_least=1):
+            part = groups[exponent][block]
+            valid = columns < sizes[part, None]
+            places = starts[part, None] + torch.where(valid, columns, 0)
+            transform = rows.transform.rows(part)
+            if transform.bias is not None:
+                transform = replace(transform, bias=transform.bias[places])
+            yield part, _Dense(RowChunk(rows.logits[places], rows.targets[part], transform), valid, places)
 
 
 def _statistics(dense: _Dense, out: RowStatistics) -> None:
@@ -177,7 +193,9 @@ def _statistics(dense: _Dense, out: RowStatistics) -> None:
         probabilities = log_p.exp()
         # A probability of zero has log -inf; its product must be zero, not NaN.
         finite_log_p = log_p.clamp_(min=torch.finfo(log_p.dtype).min)
-        out.entropy[block] = -probabilities.mul_(finite_log_p).sum(-1)
+        terms = probabilities.mul_(finite_log_p)
+        # A lone row of some size would be cut among the threads; it is summed as one of several is.
+        out.entropy[block] = -terms.expand(max(terms.shape[0], 2), -1).sum(-1)[: terms.shape[0]]
 
 
 def _gradient(dense: _Dense, slopes: RowSlopes, dx: Tensor) -> None:
@@ -240,9 +258,10 @@ def _row_temperature(transform: Transform, rows: slice) -> float | Tensor | None
     return None if transform.temperature == 1.0 else transform.temperature
 
 
-def _row_blocks(num_rows: int, num_columns: int, device: torch.device) -> Iterator[slice]:
-    elements = TRAITS[device.type].row_block_elements
-    step = max(MIN_ROW_BLOCK, elements // num_columns // MIN_ROW_BLOCK * MIN_ROW_BLOCK)
+def _row_blocks(
+    num_rows: int, num_columns: int, device: torch.device, at_least: int = MIN_ROW_BLOCK
+) -> Iterator[slice]:
+    step = max(at_least, TRAITS[device.type].row_block_elements // num_columns // at_least * at_least)
     for start in range(0, num_rows, step):
         yield slice(start, min(start + step, num_rows))
 

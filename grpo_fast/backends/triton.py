@@ -106,17 +106,28 @@ class TritonBackend(TorchBackend):
         """Predicted (kernels/PREDICTIONS.md): 6 V flops an element of H at a product's rate, against three gathers."""
         return 192 if dtype.itemsize == 2 else 32
 
+    # Torch serves matrices with gaps between columns, which kernels would have copied whole.
+
     def sparse_logits(self, hidden: Tensor, weight: Tensor, of: RowIds, out: Tensor) -> None:
+        if _have_gaps(weight):
+            super().sparse_logits(hidden, weight, of, out)
+            return
         from grpo_fast.kernels.sparse_rows import sparse_logits
 
         sparse_logits(hidden, weight, of.ids, of.offsets, out)
 
     def sparse_grad_hidden(self, dx: Tensor, weight: Tensor, of: RowIds, out: Tensor) -> None:
+        if _have_gaps(weight, out):
+            super().sparse_grad_hidden(dx, weight, of, out)
+            return
         from grpo_fast.kernels.sparse_rows import sparse_grad_hidden
 
         sparse_grad_hidden(dx, weight, of.ids, of.offsets, out)
 
     def sparse_grad_weight(self, dx: Tensor, hidden: Tensor, of: RowIds, out: Tensor) -> None:
+        if _have_gaps(hidden, out):
+            super().sparse_grad_weight(dx, hidden, of, out)
+            return
         from grpo_fast.kernels.sparse_weight import sparse_grad_weight
 
         sparse_grad_weight(dx, hidden, *of.by_id, out)
@@ -131,7 +142,7 @@ class TritonBackend(TorchBackend):
         results: ObjectiveResults,
         grad_hidden: Tensor | None,
     ) -> Tensor:
-        if (kernel := objective.kernel) is None:
+        if (kernel := objective.kernel) is None or _have_gaps(weight, grad_hidden):
             return super().sparse_objective(hidden, weight, of, rows, objective, results, grad_hidden)
         from grpo_fast.kernels.sparse_rows import sparse_objective
 
@@ -175,6 +186,10 @@ class TritonBackend(TorchBackend):
         from grpo_fast.kernels.group_rows import token_rows
 
         return GroupFunctions(group_advantages, token_rows)
+
+
+def _have_gaps(*matrices: Tensor | None) -> bool:
+    return any(matrix is not None and matrix.stride(1) != 1 for matrix in matrices)
 
 
 def _why_not_running(device: torch.device) -> str | None:

@@ -32,7 +32,7 @@ from transformers.utils import ModelOutput
 from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.head import head_of
 from grpo_fast.loss import LossOutput, grpo_loss, token_logprobs
-from grpo_fast.packing import Support, offsets_of
+from grpo_fast.packing import Support, offsets_of, require_support
 
 IGNORED = -100
 
@@ -215,10 +215,11 @@ def fit_support(support: Support | None, shape: Sequence[int], device: torch.dev
     """Rows of `shape` `[B, L]`, on `device`: the last L of each sequence, after empty ones where there are fewer.
 
     Raises:
-        ValueError: not as many rows for each sequence.
+        ValueError: not a Support, or not as many rows for each sequence.
     """
     if support is None:
         return None
+    require_support("support", support)
     count, length = shape
     given, rest = divmod(support.num_rows, max(count, 1))
     if rest:

@@ -125,7 +125,7 @@ def packed_support(ids: Tensor, tokens: Tensor, attention_mask: Tensor) -> Suppo
             f"ids, tokens: expected [B, R, K], R <= L, and [{int(mask.sum())}], for attention_mask [B, L] = "
             f"{list(mask.shape)}; got {list(ids.shape)} and {list(tokens.shape)}"
         )
-    packed = F.pad(ids, (0, 0, prompt, 0), value=-1)[mask]
+    packed = F.pad(ids, (0, int(ids.shape[2] == 0), prompt, 0), value=-1)[mask]
     in_prompt = (torch.arange(mask.shape[1], device=mask.device) < prompt).expand_as(mask)[mask]
     packed[:, 0] = torch.where(in_prompt, tokens.to(ids.dtype), packed[:, 0])
     return Support.from_padded(packed.roll(-1, 0))

@@ -463,10 +463,10 @@ def _obstacle(call: HeadCall, plan: str, scope: Scope, longest: int | None) -> s
     if plan == "fused_forward":
         if any(wants):
             return "it keeps nothing for a backward, and hidden or weight needs a gradient; use torch.no_grad()"
-        if not call.engine.has_fused_forward:
-            return "only the backend 'triton' has it"
         if call.support is not None:
             return "it never writes logits that a support could mask"
+        if not call.engine.has_fused_forward:
+            return "only the backend 'triton' has it"
     if plan == "frozen_head" and any(head_wants):
         return "weight or bias needs a gradient"
     if plan == "resident":

@@ -84,14 +84,15 @@ class Split:
 
 
 def split_rows(support: Support, rows: Tensor | None, targets: Tensor, vocab: int, limit: int) -> Split:
-    """By kind. A GPU is waited for once, twice where rows are masked; then ids are looked at as well.
+    """By kind. A GPU is waited for once, twice where rows are masked; then offsets and ids are looked at as well.
 
     Args:
         support: of T tokens. rows: `[n]` int64, which are computed; None: all. targets: `[T]`.
         limit: `Backend.sparse_limit`.
 
     Raises:
-        ValueError: an id is not in [0, V): the weight's rows are gathered by it, on a GPU without anybody looking.
+        ValueError: malformed offsets (on a GPU nobody has looked at them yet), or an id that is not in [0, V): the
+            weight's rows are gathered by it, on a GPU without anybody looking.
     """
     places = target_places(support, targets)
     rows = torch.arange(support.num_rows, device=targets.device) if rows is None else rows
@@ -105,9 +106,10 @@ def split_rows(support: Support, rows: Tensor | None, targets: Tensor, vocab: in
     found += [torch.where(kind, sizes, 0).amax() if rows.numel() else sizes.sum() for kind in (masked, sparse)]
     ids = support.token_ids if support.token_ids.numel() else places.new_zeros(1)
     found += [ids.amin().long(), ids.amax().long()]
-    num_whole, num_masked, num_sparse, masked_ids, sparse_ids, masked_longest, sparse_longest, least, most = (
-        torch.stack(found).tolist()
-    )
+    *counts, least, most, first, last, smallest = torch.cat([torch.stack(found), support.extremes()]).tolist()
+    num_whole, num_masked, num_sparse, masked_ids, sparse_ids, masked_longest, sparse_longest = counts
+    if (wrong := support.offsets_error(first, last, smallest)) is not None:
+        raise ValueError(f"support.{wrong}")
     if least < 0 or most >= vocab:
         raise ValueError(f"support: expected token ids in [0, {vocab}); got {least if least < 0 else most}")
     listed = [

@@ -138,10 +138,9 @@ def _support_of(completions: Sequence[Completion]) -> Support | None:
     """Of all tokens, on the host; rows of completions that have none stand for the whole vocabulary."""
     if all(completion.support is None for completion in completions):
         return None
-    whole = Support.cat(
-        [Support.whole(len(one.token_ids)) if one.support is None else one.support.to("cpu") for one in completions]
+    return Support.cat(
+        [Support.whole(len(one.token_ids)) if one.support is None else one.support.on_host() for one in completions]
     )
-    return Support.trusted(whole.token_ids.int(), whole.offsets)
 
 
 def rollout_metrics(rollout: ScoredRollout) -> dict[str, float]:

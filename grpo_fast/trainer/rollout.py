@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.head import hidden_states
-from grpo_fast.packing import Support
+from grpo_fast.packing import Support, require_support
 from grpo_fast.trainer.attention import DECODE, attention_set_to
 from grpo_fast.trainer.config import RolloutConfig
 from grpo_fast.trainer.model import Policy
@@ -33,7 +33,7 @@ class Completion:
             None where nothing was cut, or nobody asked.
 
     Raises:
-        ValueError: a support of another number of rows.
+        ValueError: what is no support, or one of another number of rows.
     """
 
     token_ids: list[int]
@@ -42,7 +42,7 @@ class Completion:
     support: Support | None = None
 
     def __post_init__(self) -> None:
-        if self.support is not None and self.support.num_rows != len(self.token_ids):
+        if self.support is not None and require_support("support", self.support).num_rows != len(self.token_ids):
             raise ValueError(
                 f"support: expected {len(self.token_ids)} rows, one a token of the completion; got "
                 f"{self.support.num_rows}"

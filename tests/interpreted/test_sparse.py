@@ -191,7 +191,9 @@ def test_grad_weight(width: int, dtype: torch.dtype) -> None:
             assert torch.equal(wide.to(out_dtype), out)
 
 
-@pytest.mark.parametrize("ids", [[3], [5, 5, 5], [0, 1, 2, 3], [1, 1, 2, 9, 9, 9, 299]])
+@pytest.mark.parametrize(
+    "ids", [[3], [5, 5, 5], [0, 1, 2, 3], [1, 1, 2, 9, 9, 9, 299], [0, 4, 4], [4, 4, 7], [1, 2, 2, 3]]
+)
 def test_where_ids_begin(ids: list[int]) -> None:
     starts, count = sparse_weight.id_starts(torch.tensor(ids, dtype=torch.int32))
     distinct = sorted(set(ids))
@@ -219,14 +221,41 @@ def test_nothing() -> None:
 
 
 def test_columns_must_be_contiguous() -> None:
+    """For kernels; the backend gives what has gaps to torch, where the kernels' callers would copy a whole weight."""
     case = problem()
     turned, out = torch.randn(64, V).t(), case.logits
     with pytest.raises(ValueError, match=r"weight: expected \[., H\] with contiguous columns; got shape \[300, 64\]"):
-        TRITON.sparse_logits(case.hidden, turned, case.of, out)
+        sparse_rows.sparse_logits(case.hidden, turned, case.of.ids, case.of.offsets, out)
     with pytest.raises(ValueError, match="out: expected"):
-        TRITON.sparse_grad_weight(out, case.hidden, case.of, turned)
+        sparse_weight.sparse_grad_weight(out, case.hidden, *case.of.by_id, turned)
     with pytest.raises(ValueError, match="grad_hidden: expected"):
-        TRITON.sparse_grad_hidden(out, case.weight, case.of, torch.empty(64, 5).t())
+        sparse_rows.sparse_grad_hidden(out, case.weight, case.of.ids, case.of.offsets, torch.empty(64, 5).t())
+
+
+def turned(matrix: Tensor) -> Tensor:
+    return matrix.t().contiguous().t()
+
+
+@pytest.mark.parametrize("which", ["weight", "hidden", "both"])
+def test_matrices_with_gaps(which: str) -> None:
+    case = problem(dtype=torch.float16)
+    names = ["weight", "hidden"] if which == "both" else [which]
+    other = replace(case, **{name: turned(getattr(case, name)) for name in names})
+    expected, found = run(case, objective_of(len(SIZES))), run(other, objective_of(len(SIZES)))
+    assert rel_rms(found.dx, expected.dx) <= 1e-6
+    assert rel_rms(found.grad_hidden, expected.grad_hidden) <= 1e-6
+    products = case.logits
+    TRITON.sparse_logits(other.hidden, other.weight, other.of, products)
+    assert rel_rms(products, case.products()) <= 1e-6
+    for form in (turned, torch.clone):
+        for given in (case.hidden, other.hidden):
+            out = form(torch.ones(V, 64))
+            TRITON.sparse_grad_weight(expected.dx, given, case.of, out)
+            into = form(nan(len(SIZES), 64))
+            TRITON.sparse_grad_hidden(expected.dx, other.weight, case.of, into)
+            sums = torch.ones(V, 64).index_add_(0, case.of.ids.long(), expected.dx[:, None] * case.hidden[case.of.rows])
+            assert rel_rms(out, sums) <= 1e-6
+            assert rel_rms(into, expected.grad_hidden) <= 1e-6
 
 
 def test_hidden_states_may_lie_anywhere() -> None:
@@ -446,6 +475,19 @@ def test_objective(head: str, dtype: torch.dtype) -> None:
     expected = run(case.double(), objective_of(len(SIZES), beta=0.1, dtype=torch.float64), PLAIN)
     assert rel_rms(found.dx, expected.dx) <= 3e-6
     assert rel_rms(found.grad_hidden, expected.grad_hidden) <= 3e-6
+
+
+def test_rows_with_nothing_but_an_entropy_bonus() -> None:
+    """g = 0 does not make a row dead where e is not: its dHidden is summed."""
+    case, options = problem(width=100), {"entropy_coef": 0.3}
+    objective, exact = objective_of(len(SIZES), **options), objective_of(len(SIZES), dtype=torch.float64, **options)
+    for each in (objective, exact):
+        each.tokens.advantages.zero_()
+    found, expected = run(case, objective), run(case.double(), exact, PLAIN)
+    assert found.results.live.all()
+    rows = torch.tensor(SIZES) > 1
+    assert found.grad_hidden[rows].abs().amax(1).gt(0).all()
+    assert rel_rms(found.grad_hidden, expected.grad_hidden) <= 5e-6
 
 
 def test_rows_do_not_see_each_other() -> None:

@@ -120,7 +120,7 @@ def support_of(told: Any, length: int) -> Support:
             and None stand for the whole vocabulary.
 
     Raises:
-        ValueError: another number of rows, or as `Support`.
+        ValueError: something else, another number of rows, or as `Support`.
     """
     if told is None:
         return Support.whole(length)
@@ -129,11 +129,22 @@ def support_of(told: Any, length: int) -> Support:
     elif isinstance(told, Tensor):
         found = (Support.from_mask if told.dtype == torch.bool else Support.from_padded)(told[:length])
     else:
-        ids = torch.tensor([token for row in told for token in row], dtype=torch.int32)
-        found = Support(ids, offsets_of(torch.tensor([len(row) for row in told], dtype=torch.int64)))
+        found = _of_lists(told)
     if found.num_rows != length:
         raise ValueError(f"support: expected {length} rows, one a token of the completion; got {found.num_rows}")
-    return Support.trusted(found.token_ids.int(), found.offsets).to("cpu")
+    return found.on_host()
+
+
+def _of_lists(told: Any) -> Support:
+    try:
+        rows = [[] if row is None else list(row) for row in told]
+        ids = torch.tensor([token for row in rows for token in row] or [0])
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"support: expected a Support, a bool mask [n, V], ids [n, K] or a list of lists of ids; got {told!r:.80}"
+        ) from error
+    sizes = torch.tensor([len(row) for row in rows], dtype=torch.int64)
+    return Support(ids[: int(sizes.sum())], offsets_of(sizes))
 
 
 def padded(supports: list[Support], length: int) -> Support:
