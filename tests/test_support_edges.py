@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from grpo_fast.backends.base import RowIds, get_backend
-from grpo_fast.config import LossConfig
+from grpo_fast.backends.base import RowChunk, RowIds, RowSlopes, RowStatistics, Transform, get_backend
+from grpo_fast.config import HeadConfig, LossConfig
 from grpo_fast.loss import grpo_loss, sparse_limit, token_logprobs
 from grpo_fast.ops.support import split_rows
 from grpo_fast.packing import Support
@@ -179,6 +179,56 @@ def test_nothing_but_single_words(backend: str) -> None:
         assert not any(gradient.any() for gradient in grads.values())
         assert not out.logprobs.any()
         assert out.metrics.as_dict()["ratio/max"] == 1.0
+
+
+@WITH_BACKENDS
+def test_rows_do_not_see_the_longest(backend: str) -> None:
+    """Row functions give a row's bits whatever the lengths beside it, as far apart as lengths are."""
+    gen = torch.Generator().manual_seed(0)
+    sizes = torch.tensor([2, 3, 5, 17, 33, 100, 300, *range(40, 60), *range(500, 4000, 97), 20001])
+    offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+    logits, places = 3 * torch.randn(int(offsets[-1]), generator=gen), sizes // 2
+    g, e = (torch.randn(sizes.numel(), generator=gen) for _ in range(2))
+
+    def computed(count: int) -> tuple[Tensor, ...]:
+        own, size = offsets[: count + 1], int(offsets[count])
+        rows = RowChunk(
+            logits[:size].clone(), places[:count], Transform(HeadConfig(softcap=9.0), None, 0.7), offsets=own,
+            longest=int(sizes[:count].max()),
+        )  # fmt: skip
+        found = RowStatistics(*(torch.empty(count) for _ in range(3)))
+        get_backend(backend).statistics(rows, found)
+        slopes = RowSlopes(found.lse, found.entropy, g[:count], e[:count])
+        return *found, get_backend(backend).gradient(rows, slopes, dtype=torch.float32)
+
+    everything = computed(sizes.numel())
+    for count in (1, 3, 4, 6, 27, sizes.numel() - 1):
+        for part, whole in zip(computed(count), everything, strict=True):
+            assert torch.equal(part, whole[: part.numel()]), count
+
+
+@pytest.mark.skipif(INTERPRETED, reason="torch's and C++'s rows are the same")
+@WITH_BACKENDS
+def test_a_lone_row_is_summed_as_one_of_several(backend: str) -> None:
+    """Also where torch would cut a lone row among its threads."""
+    threads = torch.get_num_threads()
+    logits = 3 * torch.randn(16, 50_000, generator=torch.Generator().manual_seed(0))
+
+    def statistics(rows: slice) -> RowStatistics:
+        own = logits[rows].clone()
+        found = RowStatistics(*(torch.empty(own.shape[0]) for _ in range(3)))
+        chunk = RowChunk(own, torch.arange(16)[rows], Transform(HeadConfig(), None, 1.0))
+        get_backend(backend).statistics(chunk, found)
+        return found
+
+    try:
+        torch.set_num_threads(2)
+        together = statistics(slice(None))
+        alone = [statistics(slice(row, row + 1)) for row in range(16)]
+    finally:
+        torch.set_num_threads(threads)
+    for name in RowStatistics._fields:
+        assert torch.equal(torch.cat([getattr(one, name) for one in alone]), getattr(together, name)), name
 
 
 # -- backward ---------------------------------------------------------------------------------------------------------
