@@ -78,6 +78,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     export.add_argument("source", metavar="RUN|CHECKPOINT", type=Path, help="a run's or checkpoint's folder")
     export.add_argument("target", metavar="OUT", type=Path, help="a folder that does not exist yet")
+    export.add_argument("--adapter", action="store_true", help="the LoRA adapter alone, as peft's folder")
     export.set_defaults(run=_export)
 
     doctor = commands.add_parser(
@@ -110,7 +111,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1 if isinstance(error, NonFiniteError) else 2
     except Interrupted as stop:
         command = _resume_command(arguments, stop.resume)
-        print(f"{stop}; its state is saved. To go on:\n  {command}", file=sys.stderr)
+        said = f"{stop}; its state is saved. To go on" if stop.step else "stopped before the first step. To start again"
+        print(f"{said}:\n  {command}", file=sys.stderr)
         return 130
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -155,7 +157,7 @@ def _train(arguments: argparse.Namespace) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> int:
-    from grpo_fast.trainer.data import load_examples
+    from grpo_fast.trainer.data import fitting, load_examples, prompt_limit
     from grpo_fast.trainer.errors import DataError
     from grpo_fast.trainer.evaluate import check_success_reward, evaluate
     from grpo_fast.trainer.model import load_policy, pick_device
@@ -175,6 +177,9 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     examples = load_examples(config.data, "eval")
     if not examples:
         raise DataError("data.eval: expected held-out prompts; there are none (set data.eval or data.eval_split)")
+    limit = prompt_limit(config, policy.model)
+    examples, notes = fitting(examples, policy.tokenizer, config, limit, "held-out set")
+    print(*notes, sep="\n", end="\n" if notes else "")
     engine = HFRollout(policy, config.rollout, temperature=config.eval.temperature)
     metrics = evaluate(engine, rewards, examples, policy.tokenizer, config)
     print(f"{len(examples)} held-out prompts x {config.eval.num_generations_eval} completions")
@@ -192,7 +197,7 @@ def _export(arguments: argparse.Namespace) -> int:
     if arguments.target.exists():
         raise ConfigError(f"OUT: expected a folder that does not exist yet; {arguments.target} does")
     _, policy = load_saved(arguments.source, ["device=cpu"])
-    export(policy, arguments.target)
+    export(policy, arguments.target, adapter=arguments.adapter)
     print(f"wrote {arguments.target}")
     return 0
 

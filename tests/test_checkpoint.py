@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import json
 import random
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from grpo_fast.trainer import checkpoint as checkpoint_module
 from grpo_fast.trainer.checkpoint import (
     Checkpoint,
     RngState,
     checkpoint_path,
     checkpoints,
     find_checkpoint,
+    later_checkpoints,
     load_checkpoint,
     load_weights,
-    remove_debris,
-    remove_later,
     save_checkpoint,
 )
 from grpo_fast.trainer.errors import CheckpointError
+from grpo_fast.trainer.files import recover
+from tests.kills import killed_everywhere
 
 
 def make(step: int, *, with_experience: bool = False) -> Checkpoint:
@@ -103,29 +102,26 @@ def test_only_the_newest_are_kept(tmp_path):
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-000006", "checkpoint-000008"]
     save_checkpoint(tmp_path, make(10), keep=1)
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-000010"]
-    remove_later(tmp_path, 5)
-    assert checkpoints(tmp_path) == []
+    save_checkpoint(tmp_path, make(12))
+    assert later_checkpoints(tmp_path, 10) == [checkpoint_path(tmp_path, 12)]
+    assert later_checkpoints(tmp_path, 12) == []
 
 
-@pytest.mark.parametrize("stage", ["_sync", "rename"])
-def test_a_death_while_saving_leaves_the_last_one(tmp_path, monkeypatch, stage):
-    save_checkpoint(tmp_path, make(2))
+@pytest.mark.parametrize("step", [2, 4])
+def test_a_death_while_saving_leaves_the_last_one(tmp_path, step):
+    """Whichever operation of the file system is the last; also where one of the same step is there already."""
 
-    def die(*arguments):
-        raise KeyboardInterrupt
+    def save(folder):
+        save_checkpoint(folder, make(step), keep=1)
 
-    with monkeypatch.context() as patch:
-        if stage == "_sync":
-            patch.setattr(checkpoint_module, "_sync", die)
-        else:
-            patch.setattr(Path, "rename", die)
-        with pytest.raises(KeyboardInterrupt):
-            save_checkpoint(tmp_path, make(4))
-    assert find_checkpoint("auto", tmp_path) == checkpoint_path(tmp_path, 2)
-    assert len(list(tmp_path.iterdir())) == 2
-    remove_debris(tmp_path)
-    assert len(list(tmp_path.iterdir())) == 1
-    assert load_checkpoint(checkpoint_path(tmp_path, 2)).step == 2
+    for folder in killed_everywhere(tmp_path, lambda folder: save_checkpoint(folder, make(2)), save):
+        recover(folder, ["checkpoint-*"])
+        found = checkpoints(folder)
+        assert sorted(folder.iterdir()) == found
+        assert found
+        assert all(load_checkpoint(path).step in (2, step) for path in found)
+        save(folder)
+        assert load_checkpoint(find_checkpoint("auto", folder)).step == step
 
 
 def test_a_checkpoint_of_the_same_step_is_replaced(tmp_path):

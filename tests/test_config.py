@@ -101,6 +101,7 @@ def test_the_loss_follows_the_rollout(recipe):
         (["max_steps=1.5"], "max_steps: .*1.5.*Integer"),
         (["rollout.top_p=7"], "rollout.top_p: expected .*; got 7"),
         (["rollout.num_generations=0"], "rollout.num_generations: expected an integer >= 1; got 0"),
+        (["rollout.num_generations=1"], "rollout.num_generations: expected at least 2, as an advantage is"),
         (["loss.loss_type=ppo"], "^loss.loss_type: expected one of grpo, .*; got 'ppo'"),
         (["loss.loss_type=cispo"], "^loss.epsilon_high: expected a number, as cispo bounds the ratio by it"),
         (["loss.loss_type=null"], "loss.loss_type"),

@@ -7,14 +7,20 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+import yaml
 
 from grpo_fast.trainer import tasks
-from grpo_fast.trainer.config import DataConfig
-from grpo_fast.trainer.data import PromptSampler, load_examples, render_prompt
+from grpo_fast.trainer.config import DataConfig, RewardConfig, TrainConfig
+from grpo_fast.trainer.data import PromptSampler, fitting, load_examples, prompt_limit, render_prompt
 from grpo_fast.trainer.errors import DataError
 from grpo_fast.trainer.examples import Example
+from grpo_fast.trainer.loop import train
+from grpo_fast.trainer.rewards import build_rewards
+from tests import tiny
 
 ROWS = [{"prompt": "1+1", "answer": 2}, {"prompt": "2+2", "answer": 4}, {"prompt": "3+3", "answer": 6}]
 CHAIN_SUM = {"min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 1}
@@ -411,3 +417,74 @@ def test_sampler_bad_input():
     for other, message in ((PromptSampler(4, 0), "size: expected 3.*got 4"), (PromptSampler(3, 1), "seed: expected 0")):
         with pytest.raises(ValueError, match=message):
             PromptSampler(3, 0).load_state_dict(other.state_dict())
+
+
+# ---- length ---------------------------------------------------------------------------------------------------------
+
+
+def lengthy(tmp_path: Path, **changes) -> TrainConfig:
+    """Prompts of 3, 9, 30 and 12 words."""
+    rows = [{"prompt": " ".join("a" * n), "answer": "b"} for n in (3, 9, 30, 12)]
+    return tiny.configured(tmp_path, data__train=_write_jsonl(tmp_path / "lengths.jsonl", rows), **changes)
+
+
+def prompts_that_fit(config: TrainConfig, limit: tuple[int, str] | None):
+    examples, tokenizer = load_examples(config.data, "train"), tiny.tokenizer()
+    lengths = [len(render_prompt(example, tokenizer, config.data)) for example in examples]
+    assert len(set(lengths)) == 4
+    return lengths, *fitting(examples, tokenizer, config, limit, "training set")
+
+
+def test_prompts_that_do_not_fit_are_refused_or_left_out_and_counted(tmp_path):
+    config = lengthy(tmp_path)
+    lengths, kept, notes = prompts_that_fit(config, None)
+    assert (len(kept), notes) == (4, [])
+    assert prompts_that_fit(config, (lengths[2], "x"))[2] == []
+    message = (
+        f"training set: 2 of 4 prompts are longer than {lengths[1]} tokens, where; the longest, number 3, has "
+        f"{lengths[2]}"
+    )
+    with pytest.raises(DataError, match=f"^{message}. data.filter_overlong_prompts=true leaves them out$"):
+        prompts_that_fit(config, (lengths[1], "where"))
+    config.data.filter_overlong_prompts = True
+    _, kept, notes = prompts_that_fit(config, (lengths[1], "where"))
+    assert notes == [f"{message}. They are left out"]
+    assert [len(example.prompt.split()) for example in kept] == [3, 9]
+    assert len(kept[-1].prompt.split()) == 9
+    with pytest.raises(DataError, match="training set: 4 of 4 prompts"):
+        prompts_that_fit(config, (1, "where"))
+
+
+def test_the_limit_is_the_recipes_or_the_models(tmp_path):
+    config = lengthy(tmp_path)
+    model = tiny.model(max_position_embeddings=20)
+    assert prompt_limit(config, model) == (14, "the model's context of 20 less rollout.max_completion_length (6)")
+    config.rollout.max_prompt_length = 5
+    assert prompt_limit(config, model) == (5, "rollout.max_prompt_length")
+    config.rollout.max_prompt_length = 15
+    assert prompt_limit(config, model)[0] == 14
+    model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: SimpleNamespace()))
+    assert prompt_limit(config, model) == (15, "rollout.max_prompt_length")
+    config.rollout.max_prompt_length = None
+    assert prompt_limit(config, model) is None
+
+
+def test_a_run_says_what_it_leaves_out(tmp_path, capsys):
+    config = lengthy(tmp_path, rollout__max_prompt_length=20, data__eval=str(tmp_path / "lengths.jsonl"), max_steps=1)
+    with pytest.raises(DataError, match="training set: 2 of 4 prompts are longer than 20 tokens"):
+        train(config)
+    config.data.filter_overlong_prompts = True
+    train(config)
+    said = capsys.readouterr().out
+    assert "training set: 2 of 4 prompts are longer than 20 tokens, rollout.max_prompt_length" in said
+    assert "held-out set: 2 of 4" in said
+    assert "2 training and 2 held-out prompts" in said
+
+
+def test_own_data_rewards_what_it_asks_for():
+    values = yaml.safe_load((Path(tasks.__file__).parents[2] / "recipes" / "own_data.yaml").read_text())
+    rewards = build_rewards([RewardConfig(**reward) for reward in values["rewards"]])
+    completions = ["<answer>42</answer>", "The answer is 42", "So <answer>41</answer>", "<answer>paris</answer>"]
+    scores = rewards([""] * 4, completions, [[0]] * 4, {"answer": ["42", "42", "42", "Paris"]}) @ rewards.weights
+    torch.testing.assert_close(scores, torch.tensor([1.2, 0.0, 0.2, 1.2]))
+    assert "<answer></answer>" in values["data"]["system_prompt"]

@@ -24,7 +24,8 @@ pytest.importorskip("reasoning_gym", reason="reasoning-gym is not installed")
 SHARED = {"data", "rewards", "model.path"}
 # How ours runs, not what it optimises; and parameters of losses that TRL has not.
 OURS_ALONE = {
-    *("output_dir", "logging", "eval", "save_steps", "save_total_limit", "export_final", "resume", "overwrite"),
+    *("output_dir", "logging", "eval", "export_final", "resume", "overwrite"),
+    *("save_steps", "save_minutes", "save_total_limit"),
     *("device", "backend", "plan", "workspace_bytes", "max_tokens_per_microbatch", "rollout.batch_size"),
     *("model.dtype", "model.master_weights", "model.attn_implementation", "model.trust_remote_code"),
     *("loss.support", "loss.dppo_threshold", "loss.dppo_log_ratio_coef", "loss.dual_clip", "loss.all_token_metrics"),

@@ -229,24 +229,35 @@ def test_a_nan_stops_the_run_and_keeps_the_batch(tmp_path, meddle):
     assert train(dataclasses.replace(config, resume="auto")).step == 6
 
 
-def test_a_failing_reward_loses_nothing(tmp_path):
+def test_a_failing_reward_loses_nothing(tmp_path, caplog):
+    """What fails for a batch is missing there; a function that does not recover ends the run, after its last step."""
     tiny.recipe(tmp_path)
     file = tmp_path / "fails_late.py"
     program = """
         calls = []
 
-        def fails_late(completions, **columns):
+        def fails_late(completions, until, **columns):
             calls.append(1)
-            if len(calls) == 3:
+            if 3 <= len(calls) <= until:
                 raise RuntimeError("no answer from the judge")
             return [float(len(text)) for text in completions]
     """
     file.write_text(textwrap.dedent(program))
-    config = configured(tmp_path, rewards=[{"function": f"{file}:fails_late"}])
+
+    def config(until: int, **changes):
+        reward = {"function": f"{file}:fails_late", "kwargs": {"until": until}, "retries": 0}
+        return configured(tmp_path, rewards=[reward], **changes)
+
     with pytest.raises(RewardError, match="'fails_late' raised RuntimeError: no answer from the judge"):
-        train(config)
-    assert checkpoints(tmp_path / "run")[-1].name == "checkpoint-000002"
-    assert train(dataclasses.replace(config, resume="auto")).step == 6
+        train(config(5))
+    assert checkpoints(tmp_path / "run")[-1].name == "checkpoint-000004"
+    said = [record.message for record in caplog.records if "it is missing for these 16 completions" in record.message]
+    assert len(said) == 2
+    found = rows(tmp_path / "run")
+    assert [row["reward"] is None for row in found] == [False, False, True, True]
+    assert all(row["grad_norm"] == 0 for row in found[2:])
+    assert train(config(5, resume="auto")).step == 6
+    assert [row["reward"] is None for row in rows(tmp_path / "run")] == [False, False, True, True, False, False]
 
 
 def test_an_output_dir_in_use_is_protected(tmp_path):

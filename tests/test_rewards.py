@@ -83,6 +83,11 @@ not_a_function = 3
 """
 
 
+@pytest.fixture(autouse=True)
+def soon(monkeypatch):
+    monkeypatch.setattr("grpo_fast.trainer.rewards._RETRY_SECONDS", 0.001)
+
+
 @pytest.fixture
 def file(tmp_path):
     path = tmp_path / "my_rewards.py"
@@ -270,6 +275,117 @@ def test_a_failure_is_named_and_cancels_what_is_under_way(file, fails):
     # A sync failure may come before the loop has started the other one, which then never runs.
     assert cancelled.wait(5) or fails == "raises"
     assert time.perf_counter() - start < 20
+
+
+# ---- what fails, and what takes too long ----------------------------------------------------------------------------
+
+UNRELIABLE = """
+import asyncio, time
+calls = []
+
+def _fails(numbers):
+    calls.append(1)
+    if len(calls) in numbers:
+        raise ConnectionError(f"HTTP 429, call {len(calls)}")
+
+def judge(completions, numbers, **_):
+    _fails(numbers)
+    return [1.0] * len(completions)
+
+async def async_judge(completions, numbers, **_):
+    await asyncio.sleep(0)
+    _fails(numbers)
+    return [1.0] * len(completions)
+
+def returns_awaitable(completions, numbers, **_):
+    return async_judge(completions, numbers)
+
+def slow(completions, numbers, **_):
+    calls.append(1)
+    if len(calls) in numbers:
+        time.sleep(30)
+    return [1.0] * len(completions)
+
+async def async_slow(completions, numbers, **_):
+    calls.append(1)
+    if len(calls) in numbers:
+        await asyncio.sleep(30)
+    return [1.0] * len(completions)
+"""
+
+
+@pytest.fixture
+def unreliable(tmp_path):
+    """Makes a reward of a function above; its calls of these `numbers` fail."""
+    file = tmp_path / "unreliable.py"
+    file.write_text(UNRELIABLE)
+
+    def make(name: str, numbers, **options) -> tuple[RewardSet, list]:
+        rewards = build_rewards([_reward(f"{file}:{name}", kwargs={"numbers": list(numbers)}, **options)])
+        calls = sys.modules[rewards._rewards[0].function.__module__].calls
+        calls.clear()
+        return rewards, calls
+
+    return make
+
+
+JUDGES = pytest.mark.parametrize("name", ["judge", "async_judge", "returns_awaitable"])
+
+
+@JUDGES
+def test_a_call_that_fails_is_tried_again(unreliable, name, caplog):
+    rewards, calls = unreliable(name, [1, 2])
+    assert _call(rewards).tolist() == [[1.0], [1.0]]
+    assert len(calls) == 3
+    said = [record.message for record in caplog.records]
+    assert len(said) == 2
+    assert "raised ConnectionError: HTTP 429, call 1" in said[0]
+    assert said[0].endswith("trying again in 0.001 s")
+    assert said[1].endswith("trying again in 0.002 s")
+
+
+@JUDGES
+def test_what_fails_for_good_is_missing_unless_it_has_never_worked(unreliable, name, caplog):
+    rewards, calls = unreliable(name, range(1, 4))
+    with pytest.raises(RewardError, match="HTTP 429, call 3") as caught:
+        _call(rewards)
+    assert isinstance(caught.value.__cause__, ConnectionError)
+    rewards, calls = unreliable(name, [2, 3, 5, 6, 7], retries=0)
+    results = [_call(rewards).isnan().all().item() for _ in range(6)]
+    assert results == [False, True, True, False, True, True]
+    assert sum("it is missing for these 2 completions" in record.message for record in caplog.records) == 4
+    with pytest.raises(RewardError, match="HTTP 429, call 7"):
+        _call(rewards)  # the third batch in a row
+    assert len(calls) == 7
+
+
+def test_one_that_fails_leaves_the_others_alone(unreliable, file):
+    rewards, _ = unreliable("async_judge", [2], retries=0)
+    both = RewardSet([*rewards._rewards, build_rewards([_reward(f"{file}:quick")])._rewards[0]])
+    _call(both)
+    scores = _call(both)
+    assert scores[:, 0].isnan().all()
+    assert scores[:, 1].tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("name", ["slow", "async_slow"])
+def test_a_call_that_takes_too_long_has_failed(unreliable, name, caplog):
+    rewards, calls = unreliable(name, [1, 3, 4], timeout=0.2, retries=1)
+    started = time.perf_counter()
+    assert _call(rewards).tolist() == [[1.0], [1.0]]
+    assert "TimeoutError: took longer than 0.2 s" in caplog.records[0].message
+    assert _call(rewards).isnan().all()
+    assert len(calls) == 4
+    assert time.perf_counter() - started < 10
+    with pytest.raises(RewardError, match="raised ConnectionError"):  # its own errors are its own, timed or not
+        _call(unreliable("judge", [1], timeout=5.0, retries=0)[0])
+
+
+def test_bad_timeouts_and_retries():
+    with pytest.raises(ValueError, match=r"rewards.timeout: expected a finite number > 0 or None; got 0"):
+        _reward("x", timeout=0)
+    with pytest.raises(ValueError, match=r"rewards.retries: expected an integer >= 0; got -1"):
+        _reward("x", retries=-1)
 
 
 # ---- finding --------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from grpo_fast.packing import Support
 from grpo_fast.trainer.attention import register
 from grpo_fast.trainer.config import RolloutConfig
 from grpo_fast.trainer.model import Policy
-from grpo_fast.trainer.rollout import Completion, HFRollout, _inverse_cdf, _kept, _Sampler
+from grpo_fast.trainer.rollout import Completion, HFRollout, TopP, _inverse_cdf, _kept, _Sampler
 from tests import tiny
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14], [9, 8, 7, 6]]
@@ -186,6 +186,37 @@ def test_a_draw_on_the_edge_of_two_spans_has_a_probability():
 
 
 # -- supports ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.9, 0.99, 1 - 1e-7])
+@pytest.mark.parametrize("few", [1, 4, 256])
+def test_top_p_is_transformers(top_p, few, monkeypatch):
+    """Rows of every sharpness, also after a top-k: the same words, but where rounding decides about one."""
+    from transformers import TopPLogitsWarper
+
+    monkeypatch.setattr("grpo_fast.trainer.rollout._FEW", few)
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(40, 1000, generator=generator) * torch.linspace(0.01, 12, 40)[:, None]
+    scores[::5] = scores[::5].masked_fill(scores[::5] < scores[::5].topk(30).values[:, -1:], -torch.inf)
+    scores[3] = 0.0  # all alike
+    before = scores.clone()
+    found, expected = TopP(top_p)(None, scores), TopPLogitsWarper(top_p)(None, scores)
+    assert torch.equal(scores, before)
+    kept = found > -torch.inf
+    assert kept.any(1).all()
+    assert torch.equal(found[kept], scores[kept])
+    p = scores.double().softmax(1)
+    for row in range(40):
+        mass, size = p[row][kept[row]].sum(), kept[row].sum()
+        assert kept[row].all() or p[row][kept[row]].min() >= p[row][~kept[row]].max()
+        assert mass > top_p - 1e-6 or size == 1000
+        assert mass - p[row][kept[row]].min() < top_p + 1e-6
+        theirs = expected[row] > -torch.inf
+        if row == 3:  # any of the words that are all alike
+            assert abs(kept[row].sum() - theirs.sum()) <= 1
+        else:  # rounding of a sum over the vocabulary
+            assert p[row][kept[row] != theirs].sum() <= 2e-6 + p[row][kept[row]].min(), row
+
 
 CUTS = [{"top_p": 0.6}, {"top_k": 5}, {"min_p": 0.3}, {"top_p": 0.8, "top_k": 20, "temperature": 0.7}]
 

@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from grpo_fast.trainer.errors import ConfigError
+from grpo_fast.trainer.errors import ConfigError, ModelError
 from grpo_fast.trainer.evaluate import pass_at_k
 from grpo_fast.trainer.loop import train
 from grpo_fast.trainer.model import export, load_policy
@@ -94,6 +94,37 @@ def test_the_exported_model_is_the_trained_one(tmp_path):
     again = tmp_path / "again"
     export(load_saved(tmp_path / "run")[1], again)
     assert (again / "model.safetensors").read_bytes() == (exported / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("modules_to_save", [None, ["lm_head"]])
+def test_adapters_are_exported_merged_or_alone(tmp_path, modules_to_save, monkeypatch):
+    """Either gives the trained policy's logits, and neither copies the model."""
+    import peft
+    from transformers import AutoModelForCausalLM
+
+    lora = {"r": 4, "export": "adapter", "modules_to_save": modules_to_save}
+    train(configured(tmp_path, max_steps=2, export_final=True, model__lora=lora))
+    ids = torch.tensor([[5, 6, 7]])
+
+    def logits(model) -> torch.Tensor:
+        with torch.no_grad():
+            return model.eval()(input_ids=ids).logits
+
+    policy = load_saved(tmp_path / "run")[1]
+    expected = logits(policy.model)
+    folder = tmp_path / "run" / "model"
+    assert not (folder / "model.safetensors").exists()
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert not torch.allclose(logits(base), expected)
+    torch.testing.assert_close(logits(peft.PeftModel.from_pretrained(base, folder)), expected)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.nn.Parameter, "__deepcopy__", lambda *args: pytest.fail("copied"))
+        export(policy, tmp_path / "merged")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")), expected)
+    assert not policy.is_lora
+    with pytest.raises(ModelError, match=r"model\.lora: expected adapters to export; the whole model was trained"):
+        export(policy, tmp_path / "again", adapter=True)
+    assert not (tmp_path / "again").exists()
 
 
 def test_chat_messages_and_truncation(tmp_path):

@@ -10,10 +10,8 @@ checkpoint-000020/
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ import torch
 from torch import Tensor
 
 from grpo_fast.trainer.errors import CheckpointError
+from grpo_fast.trainer.files import put_in_place, remove_folder, scratch_of
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _TRAINER, _EXPERIENCE, _RNG, _STATE = "trainer.safetensors", "experience.safetensors", "rng.safetensors", "state.json"
@@ -92,45 +91,23 @@ def checkpoints(output_dir: Path) -> list[Path]:
 def save_checkpoint(output_dir: Path, checkpoint: Checkpoint, *, keep: int | None = None) -> Path:
     """Write a checkpoint into a folder beside its place, then rename; remove the oldest beyond `keep`.
 
-    A kill at any moment leaves the earlier checkpoints as they were.
+    A kill at any moment leaves the earlier checkpoints as they were, also one of the same step.
     """
     from safetensors.torch import save_file
 
     target = checkpoint_path(output_dir, checkpoint.step)
-    scratch = output_dir / f".{target.name}.part"
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
+    scratch = scratch_of(target)
     save_file({name: tensor.contiguous() for name, tensor in checkpoint.trainer.items()}, scratch / _TRAINER)
     if checkpoint.experience is not None:
         save_file(checkpoint.experience, scratch / _EXPERIENCE)
     save_file(checkpoint.rng.tensors, scratch / _RNG)
     state = {"format": _FORMAT, "step": checkpoint.step, "python_rng": checkpoint.rng.python, **checkpoint.state}
     (scratch / _STATE).write_text(json.dumps(state), encoding="utf-8")
-    for file in scratch.iterdir():
-        _sync(file)
-    _sync(scratch)
-    if target.exists():  # of an earlier attempt that went on from before this step
-        remove_checkpoint(target)
-    scratch.rename(target)
-    _sync(output_dir)
+    put_in_place(target)
     if keep is not None:
         for old in [path for path in checkpoints(output_dir) if path != target][: -(keep - 1) or None]:
-            remove_checkpoint(old)
+            remove_folder(old)
     return target
-
-
-def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint; a kill in between leaves nothing that looks like one."""
-    scratch = path.with_name(f".{path.name}.old")
-    shutil.rmtree(scratch, ignore_errors=True)
-    path.rename(scratch)
-    shutil.rmtree(scratch)
-
-
-def remove_debris(output_dir: Path) -> None:
-    """Remove what kills during saving or removing left behind."""
-    for path in output_dir.glob(".checkpoint-*"):
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -197,11 +174,9 @@ def checkpoint_at(path: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def remove_later(output_dir: Path, step: int) -> None:
-    """Remove checkpoints of steps after `step`: the run goes on from there, so they are of another future."""
-    for path in checkpoints(output_dir):
-        if _step_of(path) > step:
-            remove_checkpoint(path)
+def later_checkpoints(output_dir: Path, step: int) -> list[Path]:
+    """Those of steps after `step`."""
+    return [path for path in checkpoints(output_dir) if _step_of(path) > step]
 
 
 def _is_whole(path: Path) -> bool:
@@ -212,12 +187,3 @@ def _step_of(path: Path) -> int:
     match = _NAME.fullmatch(path.name)
     assert match is not None
     return int(match.group(1))
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or folder to the disk, so that the rename never precedes its contents."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -39,9 +39,12 @@ class LoraConfig:
     """Names of the linear layers that get an adapter; None: all linear layers but the LM head."""
     modules_to_save: list[str] | None = None
     """Names of modules to train in full and to save beside the adapter."""
+    export: str = "merged"
+    """What the end of a run writes: the whole model, `merged`, or the `adapter` alone (peft's folder)."""
 
     def __post_init__(self) -> None:
         require_int("model.lora.r", self.r, at_least=1)
+        require_choice("model.lora.export", self.export, ("merged", "adapter"))
         require_number("model.lora.lora_alpha", self.lora_alpha, above=0)
         # Dropout would make the ratio of a fresh rollout differ from 1: sampling has none.
         require_number("model.lora.lora_dropout", self.lora_dropout, at_least=0, at_most=0.999)
@@ -100,6 +103,8 @@ class DataConfig:
     """Render text prompts as one user message through the tokenizer's chat template; message prompts always are."""
     prompt_template: str = "{prompt}"
     """Text around a text prompt; `{prompt}` stands for it."""
+    filter_overlong_prompts: bool = False
+    """Leave out prompts that are longer than `rollout.max_prompt_length` or the model's context, and say how many."""
 
     def __post_init__(self) -> None:
         require_int("data.train_size", self.train_size, at_least=1, optional=True)
@@ -120,6 +125,16 @@ class RewardConfig:
     """Name in the metrics (None: the function's own)."""
     kwargs: dict[str, Any] = field(default_factory=dict)
     """Extra keyword arguments of the function."""
+    timeout: float | None = None
+    """Seconds that one call may take (None: any); what takes longer has failed."""
+    retries: int = 2
+    """How often a call that failed is tried again, after 1, 2, 4, ... seconds. What fails then is missing for the batch
+    (as if the function had given None), unless the function has never worked or fails for the third batch in a row:
+    that ends the run."""
+
+    def __post_init__(self) -> None:
+        require_number("rewards.timeout", self.timeout, above=0, optional=True)
+        require_int("rewards.retries", self.retries, at_least=0)
 
 
 @dataclass
@@ -131,7 +146,8 @@ class RolloutConfig:
     max_completion_length: int = 256
     """Longest completion, in tokens."""
     max_prompt_length: int | None = None
-    """Prompts are cut to their last this many tokens."""
+    """Longest prompt, in tokens (None: what the model's context leaves for it). Longer ones are refused, or left out
+    with `data.filter_overlong_prompts`; none is ever cut."""
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -144,6 +160,11 @@ class RolloutConfig:
 
     def __post_init__(self) -> None:
         require_int("rollout.num_generations", self.num_generations, at_least=1)
+        if self.num_generations == 1:
+            raise ValueError(
+                "rollout.num_generations: expected at least 2, as an advantage is the difference from the mean of the "
+                "prompt's completions, which is zero for one; got 1"
+            )
         require_int("rollout.max_completion_length", self.max_completion_length, at_least=1)
         require_int("rollout.max_prompt_length", self.max_prompt_length, at_least=1, optional=True)
         require_int("rollout.top_k", self.top_k, at_least=0)
@@ -309,15 +330,19 @@ class TrainConfig:
     256 MiB)."""
 
     save_steps: int | None = None
-    """Every how many steps a checkpoint is written (None: at the end and on Ctrl-C only)."""
+    """Every how many steps a checkpoint is written; also at the end and on Ctrl-C."""
+    save_minutes: float | None = 10.0
+    """After how many minutes without one a checkpoint is written; None: never for that."""
     save_total_limit: int | None = 2
     """How many checkpoints are kept (None: all)."""
     export_final: bool = True
     """Write the trained model to `output_dir/model` at the end."""
     resume: str | None = None
-    """`auto` (newest checkpoint of `output_dir`, if any) or the path of a checkpoint."""
+    """`auto` (newest checkpoint of `output_dir`, if any) or the path of a checkpoint. Later checkpoints, and a run that
+    has none yet, are set aside (`replaced-1`, ...), never removed."""
     overwrite: bool = False
-    """Start anew in an `output_dir` that holds an earlier run, which is removed."""
+    """Start anew in an `output_dir` that holds an earlier run. That is set aside (`replaced-1`, ...) once all that can
+    be checked was, and removed when the new one has ended."""
 
     def __post_init__(self) -> None:
         for name in ("prompts_per_step", "steps_per_generation", "num_iterations", "max_tokens_per_microbatch"):
@@ -328,6 +353,7 @@ class TrainConfig:
             require_int(name, getattr(self, name), at_least=1, optional=True)
         for name in ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"):
             require_number(name, getattr(self, name), at_least=0)
+        require_number("save_minutes", self.save_minutes, above=0, optional=True)
         for name in ("adam_beta1", "adam_beta2"):
             require_number(name, getattr(self, name), at_least=0, at_most=0.999999)
         if not self.rewards:

@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from grpo_fast.trainer.config import DataConfig
+from grpo_fast.trainer.config import DataConfig, TrainConfig
 from grpo_fast.trainer.errors import DataError
-from grpo_fast.trainer.examples import RESERVED_COLUMNS, Example, LazyExamples, Messages
+from grpo_fast.trainer.examples import RESERVED_COLUMNS, Example, LazyExamples, Messages, Subset
 from grpo_fast.trainer.tasks import TaskExamples
 
 # What people call the prompt when they do not call it `prompt`: the hint of the error about a missing column.
@@ -113,6 +113,50 @@ def render_prompt(example: Example, tokenizer: Any, cfg: DataConfig) -> list[int
         raise DataError(f"prompt: the chat template refuses messages of roles {roles}: {error}") from error
     # The template has written the special tokens itself.
     return _token_ids(tokenizer, text, add_special_tokens=False)
+
+
+def prompt_limit(config: TrainConfig, model: Any) -> tuple[int, str] | None:
+    """(tokens of the longest prompt, where that is said), or None for no limit."""
+    rollout = config.rollout
+    limits = []
+    if rollout.max_prompt_length is not None:
+        limits.append((rollout.max_prompt_length, "rollout.max_prompt_length"))
+    context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if context is not None:
+        left = context - rollout.max_completion_length
+        where = f"the model's context of {context} less rollout.max_completion_length ({rollout.max_completion_length})"
+        limits.append((left, where))
+    return min(limits) if limits else None
+
+
+def fitting(
+    examples: Sequence[Example], tokenizer: Any, config: TrainConfig, limit: tuple[int, str] | None, name: str
+) -> tuple[Sequence[Example], list[str]]:
+    """The examples whose prompts fit, and lines that say which do not.
+
+    Args:
+        limit: as `prompt_limit` gives it. name: of the examples, for messages.
+
+    Raises:
+        DataError: some do not and `data.filter_overlong_prompts` is off, or none does.
+    """
+    if limit is None:
+        return examples, []
+    most, where = limit
+    lengths = [len(render_prompt(example, tokenizer, config.data)) for example in examples]
+    kept = [number for number, length in enumerate(lengths) if length <= most]
+    if len(kept) == len(lengths):
+        return examples, []
+    longest = max(range(len(lengths)), key=lengths.__getitem__)
+    found = (
+        f"{name}: {len(lengths) - len(kept)} of {len(lengths)} prompts are longer than {most} tokens, {where}; the "
+        f"longest, number {longest + 1}, has {lengths[longest]}"
+    )
+    if not kept:
+        raise DataError(found)
+    if not config.data.filter_overlong_prompts:
+        raise DataError(f"{found}. data.filter_overlong_prompts=true leaves them out")
+    return Subset(examples, kept), [f"{found}. They are left out"]
 
 
 def _token_ids(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:

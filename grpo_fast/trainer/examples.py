@@ -43,6 +43,16 @@ class LazyExamples(Sequence[Example]):
         return self._example(range(self._size)[index])
 
 
+class Subset(LazyExamples):
+    """Some of the examples, by number."""
+
+    def __init__(self, examples: Sequence[Example], numbers: Sequence[int]) -> None:
+        self._examples, self._numbers, self._size = examples, numbers, len(numbers)
+
+    def _example(self, index: int) -> Example:
+        return self._examples[self._numbers[index]]
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """`; did you mean a, b?` for an error message, or nothing."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)

@@ -83,8 +83,6 @@ def collect(
     """
     started = time.perf_counter()
     prompt_ids = [render_prompt(example, tokenizer, config.data) for example in examples]
-    if config.rollout.max_prompt_length is not None:
-        prompt_ids = [ids[-config.rollout.max_prompt_length :] for ids in prompt_ids]
     completions = engine.generate(prompt_ids, num_generations, seed=seed)
     sampled = time.perf_counter()
     repeated = [example for example in examples for _ in range(num_generations)]

@@ -6,7 +6,6 @@ import collections
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from grpo_fast.trainer.config import LoggingConfig
+from grpo_fast.trainer.files import write_whole
 from grpo_fast.trainer.trackers import make_tracker
 
 METRICS_FILE, COMPLETIONS_FILE, PLOT_FILE = "metrics.jsonl", "completions.jsonl", "plot.png"
@@ -213,12 +213,7 @@ def _cut(path: Path, start_step: int) -> None:
             continue
         if start_step > 0 and step <= start_step:
             kept.append(line + b"\n")
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        file.writelines(kept)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    write_whole(path, b"".join(kept))
 
 
 # ---- numbers and text -----------------------------------------------------------------------------------------------

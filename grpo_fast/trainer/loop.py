@@ -19,20 +19,21 @@ from typing import Any
 import torch
 
 from grpo_fast.trainer.batch import Experience
-from grpo_fast.trainer.checkpoint import Checkpoint, RngState, load_checkpoint, remove_later, save_checkpoint
+from grpo_fast.trainer.checkpoint import Checkpoint, RngState, load_checkpoint, save_checkpoint
 from grpo_fast.trainer.config import TrainConfig
-from grpo_fast.trainer.data import Example, PromptSampler, load_examples
+from grpo_fast.trainer.data import Example, PromptSampler, fitting, load_examples, prompt_limit
 from grpo_fast.trainer.determinism import check_sampling, determinism
 from grpo_fast.trainer.errors import CheckpointError, Interrupted, NonFiniteError
 from grpo_fast.trainer.evaluate import check_success_reward, evaluate
 from grpo_fast.trainer.experience import collect, derive_seed, rollout_metrics, samples, to_experience
+from grpo_fast.trainer.files import write_whole
 from grpo_fast.trainer.interrupts import Interrupts
 from grpo_fast.trainer.logging import RunLogger
 from grpo_fast.trainer.model import Policy, export, load_policy, pick_device
 from grpo_fast.trainer.recipe import as_dict, differences, to_yaml
 from grpo_fast.trainer.rewards import RewardSet, build_rewards
 from grpo_fast.trainer.rollout import HFRollout, RolloutEngine
-from grpo_fast.trainer.run_dir import CONFIG_FILE, MODEL_DIR, prepare_output_dir, save_bad_batch
+from grpo_fast.trainer.run_dir import CONFIG_FILE, MODEL_DIR, begin, find_start, remove_replaced, save_bad_batch
 from grpo_fast.trainer.step import NonFiniteUpdate, Updater
 from grpo_fast.trainer.throughput import finish, throughput_metrics
 
@@ -69,16 +70,18 @@ def _train(config: TrainConfig, engine: RolloutEngine | None) -> RunSummary:
     started = time.perf_counter()
     if engine is None:
         check_sampling(config, pick_device(config.device))
-    resume_from = prepare_output_dir(config)
+    resume_from = find_start(config)
     rewards = build_rewards(config.rewards)
     check_success_reward(config, rewards)
     data = Data(load_examples(config.data, "train"), load_examples(config.data, "eval"))
     rewards.check_columns(data.train[0].columns)
-    run = Run(config, make_updater(config), rewards, data, engine)
+    updater = make_updater(config)
+    data, notes = data.fitting(config, updater.policy)
+    run = Run(config, updater, rewards, data, engine)
     if resume_from is not None:
         run.restore(load_checkpoint(resume_from))
-        remove_later(Path(config.output_dir), run.counters.step)
-    run.execute()
+    # Nothing was touched so far: whatever was wrong has been said by now.
+    run.execute(begin(Path(config.output_dir), resume_from, run.counters.step) + notes)
     return RunSummary(Path(config.output_dir), run.counters.step, time.perf_counter() - started, run.train_seconds)
 
 
@@ -97,6 +100,17 @@ class Data:
 
     train: Sequence[Example]
     held_out: Sequence[Example]
+
+    def fitting(self, config: TrainConfig, policy: Policy) -> tuple[Data, list[str]]:
+        """Those whose prompts the policy can take, and lines about the others.
+
+        Raises:
+            DataError: there are such others, and nobody said to leave them out.
+        """
+        limit = prompt_limit(config, policy.model)
+        train, notes = fitting(self.train, policy.tokenizer, config, limit, "training set")
+        held_out, more = fitting(self.held_out, policy.tokenizer, config, limit, "held-out set")
+        return Data(train, held_out), notes + more
 
 
 @dataclass
@@ -152,33 +166,38 @@ class Run:
         self._output_dir = Path(config.output_dir)
         self._experience: Experience | None = None
         self._interrupts = Interrupts()
-        self._saved = -1
+        self._saved, self._saved_at = -1, time.monotonic()
         self._notes: list[str] = []
         self._position = self._take_position()
 
-    def execute(self) -> None:
-        """Train from the current step to `max_steps`; evaluate, save and export as configured."""
+    def execute(self, notes: Sequence[str] = ()) -> None:
+        """Train from the current step to `max_steps`; evaluate, save and export as configured.
+
+        Args:
+            notes: lines to show at the start.
+        """
         config = self._config
-        (self._output_dir / CONFIG_FILE).write_text(to_yaml(config), encoding="utf-8")
+        write_whole(self._output_dir / CONFIG_FILE, to_yaml(config).encode())
         values = as_dict(config)
         with (
             self._interrupts,
             RunLogger(self._output_dir, config.logging, config.max_steps, self.counters.step, run_config=values) as log,
         ):
-            for line in (self._describe(), *self._notes):
+            for line in (self._describe(), *self._notes, *notes):
                 log.message(line)
             try:
                 self._loop(log)
             except KeyboardInterrupt:
                 # The signals of an impatient user wait until the state is safe.
                 with contextlib.suppress(KeyboardInterrupt), self._interrupts.shield():
-                    self._save()
+                    if self._position.counters.step > 0:
+                        self._save(log)
                 raise Interrupted(self._position.counters.step, "resume=auto") from None
             except Exception:
                 # Also a reward function that raised: hours of training must not go with it.
                 if self._position.counters.step > max(self._saved, 0):
                     with contextlib.suppress(OSError, RuntimeError):
-                        self._save()
+                        self._save(log)
                 raise
 
     def restore(self, checkpoint: Checkpoint) -> None:
@@ -223,14 +242,19 @@ class Run:
             self.train_seconds += time.perf_counter() - started
             if self._eval_is_due():
                 self._evaluate(log)
-            if config.save_steps and self.counters.step % config.save_steps == 0:
+            if self._save_is_due():
                 with self._interrupts.shield():
-                    self._save()
+                    self._save(log)
         with self._interrupts.shield():
             if self._saved != self.counters.step:
-                self._save()
+                self._save(log)
             if config.export_final:
-                export(self._policy, self._output_dir / MODEL_DIR)
+                lora = config.model.lora
+                export(
+                    self._policy, self._output_dir / MODEL_DIR, adapter=lora is not None and lora.export == "adapter"
+                )
+            if config.overwrite:
+                remove_replaced(self._output_dir)
 
     def _take_step(self, log: RunLogger) -> None:
         started = time.perf_counter()
@@ -325,8 +349,15 @@ class Run:
             rng=RngState.take(),
         )
 
-    def _save(self) -> Path:
+    def _save_is_due(self) -> bool:
+        steps, minutes = self._config.save_steps, self._config.save_minutes
+        if steps is not None and self.counters.step % steps == 0:
+            return True
+        return minutes is not None and time.monotonic() - self._saved_at >= 60 * minutes
+
+    def _save(self, log: RunLogger) -> None:
         """A checkpoint of the last position. Weights and moments are as they were then: only `apply` changes them."""
+        started = time.monotonic()
         position = self._position
         served = self._config.steps_per_generation * self._config.num_iterations
         in_use = position.experience is not None and position.counters.used < served
@@ -342,8 +373,9 @@ class Run:
             },
         )
         path = save_checkpoint(self._output_dir, checkpoint, keep=self._config.save_total_limit)
-        self._saved = position.counters.step
-        return path
+        self._saved, self._saved_at = position.counters.step, time.monotonic()
+        size = sum(file.stat().st_size for file in path.iterdir())
+        log.message(f"{path.name}: {size / 2**20:.0f} MiB in {self._saved_at - started:.1f} s")
 
     def _stop_on(self, problem: NonFiniteUpdate, step: _Step, completions: Sequence[int]) -> NonFiniteError:
         number = step.counters.step + 1

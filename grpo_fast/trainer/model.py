@@ -7,7 +7,6 @@ import copy
 import logging
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from grpo_fast.trainer.attention import NAME, attention_set_to, implementations,
 from grpo_fast.trainer.batch import check_packed_attention
 from grpo_fast.trainer.config import ModelConfig
 from grpo_fast.trainer.errors import ModelError
+from grpo_fast.trainer.files import put_in_place, scratch_of
 
 _log = logging.getLogger(__name__)
 _HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -146,24 +146,29 @@ def load_trained(policy: Policy, weights: dict[str, Tensor]) -> None:
         parameter.copy_(weights[name])
 
 
-def export(policy: Policy, target: Path) -> None:
-    """Write the model as a Hugging Face folder (safetensors, tokenizer, generation config); LoRA is merged.
+def export(policy: Policy, target: Path, *, adapter: bool = False) -> None:
+    """Write the model as a Hugging Face folder (safetensors, tokenizer, generation config).
+
+    LoRA is merged into the policy itself, of which there may not be room for another: it cannot be trained any further.
+    With `adapter` it is left as it is and written as peft's folder, without the model.
 
     What stood at `target` is replaced once everything is written.
+
+    Raises:
+        ModelError: `adapter` of a model that has none.
     """
+    if adapter and not policy.is_lora:
+        raise ModelError("model.lora: expected adapters to export; the whole model was trained")
+    if policy.is_lora and not adapter:
+        policy.model, policy.is_lora = policy.model.merge_and_unload(), False
     model = policy.model
-    if policy.is_lora:
-        model = copy.deepcopy(model).merge_and_unload()
     own_config = model.generation_config
     model.generation_config = policy.generation_config
-    target.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}-"))
+    scratch = scratch_of(target)
     try:
         model.save_pretrained(scratch)
         policy.tokenizer.save_pretrained(scratch)
-        scratch.chmod(0o755)  # mkdtemp makes it private
-        shutil.rmtree(target, ignore_errors=True)
-        scratch.rename(target)
+        put_in_place(target)
     finally:
         model.generation_config = own_config
         shutil.rmtree(scratch, ignore_errors=True)

@@ -16,9 +16,11 @@ import concurrent.futures
 import contextlib
 import functools
 import inspect
+import logging
 import math
 import numbers
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,6 +33,10 @@ from grpo_fast.trainer.config import RewardConfig
 from grpo_fast.trainer.errors import RewardError
 from grpo_fast.trainer.examples import RESERVED_COLUMNS, nearest
 from grpo_fast.trainer.modules import load_module
+
+_log = logging.getLogger(__name__)
+_RETRY_SECONDS = 1.0  # before the first retry; twice as many before each further one
+_MOST_FAILURES = 3  # batches in a row
 
 
 def build_rewards(configs: Sequence[RewardConfig]) -> RewardSet:
@@ -64,6 +70,8 @@ class Reward:
     """Names of its parameters; None: any, it has `**`."""
     requires: frozenset[str]
     """Columns it cannot do without."""
+    timeout: float | None = None
+    retries: int = 0
 
     @property
     def is_async(self) -> bool:
@@ -88,6 +96,7 @@ class RewardSet:
         self._rewards = tuple(rewards)
         self.names = [reward.name for reward in rewards]
         self.weights = torch.tensor([reward.weight for reward in rewards], dtype=torch.float32)
+        self._failures: list[int | None] = [None] * len(rewards)  # batches in a row; None: has never worked
 
     def check_columns(self, columns: Iterable[str]) -> None:
         """Raise RewardError if a reward needs a column that the data has not (before anything was sampled)."""
@@ -112,33 +121,59 @@ class RewardSet:
         Async functions run concurrently on one event loop, which lives as long as the process (their clients keep
         connections open across calls), while the others run in turn on the calling thread.
 
+        A call that fails or takes too long is tried again (`RewardConfig.retries`); what fails then is missing.
+
         Returns:
-            [B, K] float32; NaN where a function gave None or NaN.
+            [B, K] float32; NaN where a function gave None or NaN, or failed.
 
         Raises:
-            RewardError: a function raised (chained), or gave anything but one finite number or None a completion.
+            RewardError: a function that has never worked raised or timed out (chained), or one did for the third batch
+                in a row; or it gave anything but one finite number or None a completion.
             ValueError: arguments of different lengths, or a column called like another argument.
         """
         given = _arguments(prompts, completions, completion_ids, columns)
         self.check_columns(columns)
-        pending: dict[int, concurrent.futures.Future[Any]] = {}
+        pending: dict[concurrent.futures.Future[Any], int] = {}
         results: dict[int, Any] = {}
         try:
             # First all that wait for something else, so that they wait while the others compute.
             for i, reward in sorted(enumerate(self._rewards), key=lambda pair: not pair[1].is_async):
-                result = _call(reward, given)
-                if inspect.isawaitable(result):
-                    pending[i] = asyncio.run_coroutine_threadsafe(_await(result), _event_loop())
+                try:
+                    result = None if reward.is_async else _call(reward, given)
+                except RewardError as error:
+                    results[i] = self._missing(i, error, len(completions))
+                    continue
+                if reward.is_async or inspect.isawaitable(result):
+                    pending[asyncio.run_coroutine_threadsafe(_await(reward, given, result), _event_loop())] = i
                 else:
                     results[i] = result
-            # The first failure ends the wait, so what is not done here is not needed any more.
-            done, _ = concurrent.futures.wait(pending.values(), return_when=concurrent.futures.FIRST_EXCEPTION)
-            results |= {i: _result(self._rewards[i], future) for i, future in pending.items() if future in done}
+            for future in concurrent.futures.as_completed(pending):
+                i = pending[future]
+                try:
+                    results[i] = _result(self._rewards[i], future)
+                except RewardError as error:
+                    results[i] = self._missing(i, error, len(completions))
         finally:  # after an error or Ctrl-C nobody waits for the rest
-            for future in pending.values():
+            for future in pending:
                 future.cancel()
         rows = [_checked(reward.name, results[i], len(completions)) for i, reward in enumerate(self._rewards)]
+        self._failures = [
+            failures if isinstance(results[i], _Missing) else 0 for i, failures in enumerate(self._failures)
+        ]
         return torch.stack(rows, dim=1)
+
+    def _missing(self, i: int, error: RewardError, count: int) -> _Missing:
+        """In the place of a batch's rewards; raises the error where it is not to be borne."""
+        failures = self._failures[i]
+        if failures is None or failures + 1 >= _MOST_FAILURES:
+            raise error
+        self._failures[i] = failures + 1
+        _log.warning("%s; it is missing for these %d completions", error, count)
+        return _Missing([None] * count)
+
+
+class _Missing(list[None]):
+    """Rewards of a function that failed."""
 
 
 # ---- calling --------------------------------------------------------------------------------------------------------
@@ -160,10 +195,61 @@ def _arguments(
 
 
 def _call(reward: Reward, given: Mapping[str, Any]) -> Any:
+    """What a function gives: rewards, or something to wait for."""
+    for attempt in range(reward.retries + 1):
+        try:
+            return _once(reward, given)
+        except Exception as error:  # noqa: PERF203 - whatever it is, it is this function's
+            if attempt == reward.retries:
+                raise _raised(reward, error) from error
+            time.sleep(_say_again(reward, error, attempt))
+    raise AssertionError
+
+
+def _once(reward: Reward, given: Mapping[str, Any]) -> Any:
+    arguments = reward.arguments(given)
+    if reward.timeout is None:
+        return reward.function(**arguments)
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def work() -> None:
+        try:
+            future.set_result(reward.function(**arguments))
+        except BaseException as error:
+            future.set_exception(error)
+
+    # A thread cannot be stopped: one that takes too long is left to itself, and does not keep the process.
+    threading.Thread(target=work, name=f"grpo-fast-reward-{reward.name}", daemon=True).start()
     try:
-        return reward.function(**reward.arguments(given))
-    except Exception as error:  # whatever it is, it is this function's
-        raise _raised(reward, error) from error
+        return future.result(reward.timeout)
+    except concurrent.futures.TimeoutError:
+        if future.done():  # the function's own
+            raise
+        raise TimeoutError(f"took longer than {reward.timeout:g} s") from None
+
+
+async def _await(reward: Reward, given: Mapping[str, Any], first: Any) -> Any:
+    """What an async function gives. `first`: what a call that was made already is waiting for, or None."""
+    for attempt in range(reward.retries + 1):
+        try:
+            awaitable = reward.function(**reward.arguments(given)) if first is None else first
+            return await asyncio.wait_for(awaitable, reward.timeout)
+        except Exception as error:  # noqa: PERF203
+            late = isinstance(error, asyncio.TimeoutError) and not str(error)
+            if late and reward.timeout is not None:
+                error = TimeoutError(f"took longer than {reward.timeout:g} s")
+            if attempt == reward.retries:
+                raise error
+            await asyncio.sleep(_say_again(reward, error, attempt))
+            first = None
+    raise AssertionError
+
+
+def _say_again(reward: Reward, error: Exception, attempt: int) -> float:
+    """Seconds to wait before the next attempt."""
+    seconds = _RETRY_SECONDS * 2.0**attempt
+    _log.warning("%s; trying again in %g s", _raised(reward, error), seconds)
+    return seconds
 
 
 def _result(reward: Reward, future: concurrent.futures.Future[Any]) -> Any:
@@ -177,10 +263,6 @@ def _raised(reward: Reward, error: BaseException) -> RewardError:
     frames = traceback.extract_tb(error.__traceback__)
     where = f" ({frames[-1].filename}:{frames[-1].lineno})" if frames else ""
     return RewardError(f"reward {reward.name!r} raised {type(error).__name__}: {error}{where}")
-
-
-async def _await(awaitable: Any) -> Any:
-    return await awaitable
 
 
 @functools.lru_cache(maxsize=1)
@@ -234,7 +316,9 @@ def _build(config: RewardConfig, where: str) -> Reward:
         except (TypeError, ValueError) as error:
             raise RewardError(f"{where}.kwargs: {config.function}: {error}") from error
         name = config.name or config.function
-        return Reward(name, float(config.weight), builtin, {}, None, frozenset(builtin.requires))
+        return Reward(
+            name, float(config.weight), builtin, {}, None, frozenset(builtin.requires), config.timeout, config.retries
+        )
     function = _find(config.function, where)
     accepts, requires = _parameters(function, config.function, where)
     for key in config.kwargs:
@@ -242,7 +326,8 @@ def _build(config: RewardConfig, where: str) -> Reward:
             raise RewardError(f"{where}.kwargs: {config.function} takes no option {key!r}{nearest(key, accepts or ())}")
     name = config.name or getattr(function, "__name__", config.function.rpartition(":")[2])
     requires -= set(config.kwargs) | set(RESERVED_COLUMNS)
-    return Reward(name, float(config.weight), function, dict(config.kwargs), accepts, requires)
+    own = dict(config.kwargs)
+    return Reward(name, float(config.weight), function, own, accepts, requires, config.timeout, config.retries)
 
 
 def _find(target: str, where: str) -> Callable[..., Any]:

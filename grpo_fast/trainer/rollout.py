@@ -174,7 +174,6 @@ class HFRollout:
             RepetitionPenaltyLogitsProcessor,
             TemperatureLogitsWarper,
             TopKLogitsWarper,
-            TopPLogitsWarper,
         )
 
         config, found = self._config, []
@@ -187,7 +186,7 @@ class HFRollout:
         if config.top_k > 0:
             found.append(TopKLogitsWarper(config.top_k))
         if config.top_p < 1.0:
-            found.append(TopPLogitsWarper(config.top_p))
+            found.append(TopP(config.top_p))
         if config.min_p:
             found.append(MinPLogitsWarper(config.min_p))
         return found
@@ -199,6 +198,43 @@ class HFRollout:
 
             stop = StopStringCriteria(self._policy.tokenizer, self._config.stop_strings)
         return _LengthTracker(self._policy.eos_token_ids, stop, prompt_length, num_rows, self._policy.device)
+
+
+class TopP:
+    """A logits processor: of each row the most likely words, until their probabilities sum to `top_p`, one at least.
+
+    What transformers' keeps, but for rounding; that one sorts the vocabulary. The largest few are enough where the
+    words that stay are fewer; rows in which they are not are looked at again. At B = 64, V = 49152 on one core 22 ms
+    for 9 words, 65 for 700 and 400 for 36,000, where transformers' takes 250 to 280.
+
+    Source: Holtzman et al. 2020, https://arxiv.org/abs/1904.09751.
+    """
+
+    def __init__(self, top_p: float) -> None:
+        self._top_p = top_p
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores `[B, V]`, -inf where a word goes."""
+        probabilities, vocab = scores.softmax(1), scores.shape[1]
+        found = torch.full_like(scores, -torch.inf)
+        rows = torch.arange(scores.shape[0], device=scores.device)
+        for count in (_FEW, 16 * _FEW, vocab):
+            values, ids = probabilities[rows].topk(min(count, vocab), dim=1)
+            before = values.double().cumsum(1) - values
+            inside = before < self._top_p
+            # Where the last one stays, so may others, if there are any.
+            done = ~inside[:, -1] | (count >= vocab)
+            own = rows[done]
+            kept = scores[own].gather(1, ids[done]).masked_fill(~inside[done], -torch.inf)
+            found[own] = found[own].scatter(1, ids[done], kept)
+            rows = rows[~done]
+            if not rows.numel():
+                break
+        return found
+
+
+_FEW = 256
+"""Words that `TopP` looks at first."""
 
 
 class _Sampler:
@@ -251,7 +287,7 @@ class _Sampler:
 def _kept(scores: Tensor, done: Tensor) -> Support:
     """The words of scores `[B, V]` above -inf, on the host; empty rows where nothing was cut or `done` `[B]`.
 
-    At B = 64, V = 49152 on one core 5 ms, where top-k takes 10 and top-p, which sorts, 250. A GPU never holds more than
+    At B = 64, V = 49152 on one core 7 ms, where `TopP` takes 22. A GPU never holds more than
     a step's. Its host waits here; generate waits for the step a moment later anyway, to ask whether all have ended.
     """
     return Support.from_mask((scores > -torch.inf) & ~done[:, None]).to("cpu")
