@@ -117,6 +117,7 @@ def _last_held_out(rows: Rows) -> float | None:
 
 
 QUANTITIES: dict[str, Callable[[Rows], float | None]] = {
+    "reward, mean of all steps": _mean("reward"),
     f"reward, mean of the last {LAST} steps": lambda rows: mean(row["reward"] for row in steps(rows)[-LAST:]),
     "held-out reward at the end": _last_held_out,
     "seconds of a step's update": _mean("time/update"),

@@ -8,11 +8,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import pytest
 
-from benchmarks import report
+from benchmarks import report, support_demo
 
 REPO = Path(__file__).resolve().parent.parent
 README = REPO / "README.md"
@@ -191,6 +192,26 @@ def test_numbers_of_supports() -> None:
     assert all(value <= 0.15 for name, value in ratio.items() if name.endswith("support64"))
 
 
+def test_numbers_of_the_demo_on_supports() -> None:
+    table = support_demo.summarize(support_demo.load(RESULTS / "support" / "demo"))
+
+    def of(quantity: str, arm: str, digits: int) -> str:
+        values = table[quantity][arm]
+        return f"{median(values):.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+    arms = ("support", "off", "everything")
+    reward = [of("reward, mean of all steps", arm, 2) for arm in arms]
+    update = [of("the same, ms a token", arm, 2) for arm in arms]
+    off = [of("first step: |log p - sampler's|, nats, mean", arm, 3) for arm in arms]
+    page = " ".join(text().split())
+    assert f"a mean reward over all 40 steps of {reward[0]}, {reward[1]} and {reward[2]}." in page
+    assert f"The update takes {update[0]}, {update[1]} and {update[2]} ms a token:" in page
+    assert f"log p is off the sampler's by {off[0]}, {off[1]} and {off[2]} nats:" in page
+    assert all(len(values) == 3 for by_arm in table.values() for values in by_arm.values())
+    for arm in ("support", "off"):
+        assert table["first step: least ratio"][arm] == table["first step: largest ratio"][arm] == [1.0] * 3
+
+
 def test_memory_of_supports_does_not_grow_with_the_vocabulary() -> None:
     extra = [
         timed(record)["grpo-fast"]["peak_bytes"] - record["case"]["gradient_bytes"]
@@ -225,12 +246,13 @@ def test_numbers_of_trls_own_tests() -> None:
     assert f"{counts['xfailed']} is expected to fail; {counts['failed']} fail with TRL's class too" in page
 
 
-def test_numbers_of_the_race() -> None:
-    race = json.loads((RESULTS / "race" / "race.json").read_text())
+@pytest.mark.parametrize("name", ["race.json", "race-top-p-0.95.json"])
+def test_numbers_of_the_race(name: str) -> None:
+    race = json.loads((RESULTS / "race" / name).read_text())
     ours, theirs = (race["summary"][name] for name in ("grpo-fast", "trl"))
     ratio = theirs["seconds_to_target"] / ours["seconds_to_target"]
     assert f"{ours['seconds_to_target']:.0f} s against {theirs['seconds_to_target']:.0f} s" in text()
-    assert f"{ratio:.1f} times" in text()
+    assert f"{ratio:.1f} times sooner" in text()
     for one in (ours, theirs):
         split = f"{one['step_seconds']:.1f} s ({one['rollout_seconds']:.1f} + {one['update_seconds']:.1f})"
         assert split in text(), split
